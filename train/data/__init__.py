@@ -1,7 +1,8 @@
 """From what the user has to samples: the kinds of data, and the two calls through which everything else uses them.
 
-Owns: `prepare` (once per content; fetch, read, fingerprint, publish into the cache), `open_datasets` (what `prepare` left,
-as map-style datasets) and `show` (samples as the model will see them), each handed to the module of `cfg.data.kind`.
+Owns: `prepare` (once per content; fetch, read, fingerprint, publish into the cache), `open_datasets` (what `prepare`
+left, as map-style datasets) and `show` (samples as the model will see them), each handed to the module of
+`cfg.data.kind`.
 
 Does not own: the order of samples (`train/order.py`), batches (`train/data/loader.py`), the cache's files
 (`train/data/cache.py`). Imports nothing heavy: preparing, or finding that everything is prepared, never loads torch.
@@ -12,7 +13,7 @@ A kind is a module with three functions:
     open(prepared, cfg) -> (train datasets, one per source; validation dataset)
     show(prepared, cfg) -> list[str]                    three samples as the model will see them
 
-and a dataset is anything of the form of `Dataset` below. A plug-in adds a kind with `KINDS["mine"] = "my_package.mine"`.
+and a dataset is anything of the form of `Dataset` below. A plug-in adds a kind: `KINDS["mine"] = "my_package.mine"`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Dataset(Protocol):
     fingerprint: str
     """Of the content the samples come from."""
     ignore: dict[str, int]
-    """Key of a label array -> the value that carries no loss, e.g. `{"labels": -100}`; padding rows are filled with it."""
+    """Key of a label array -> the value that carries no loss, e.g. `{"labels": -100}`; padding rows are full of it."""
 
     def __len__(self) -> int: ...
 
