@@ -252,6 +252,7 @@ class Strategy:
         self.module: nn.Module
         self.optimizer: Optimizer
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.aliases: dict[str, str] = {}  # second names of tied parameters -> the first
         self._loss: Tensor | None = None
         self.ema: dict[str, Tensor] = {}  # name -> moving average of what this rank owns of the master
 
@@ -264,6 +265,9 @@ class Strategy:
         """
         self.module = module
         self.shapes = {n: tuple(p.shape) for n, p in module.named_parameters() if p.requires_grad}
+        first = {id(p): n for n, p in module.named_parameters()}
+        everywhere = module.named_parameters(remove_duplicate=False)
+        self.aliases = {n: first[id(p)] for n, p in everywhere if n != first[id(p)] and p.requires_grad}
         every = self.cfg.strategy.activation_checkpointing
         for block in blocks[::every] if every else []:
             checkpoint_activations(block)
@@ -356,7 +360,7 @@ class Strategy:
             return ["master"]
         return ["master", *moments[self.cfg.optim.name]]
 
-    def _held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+    def held(self) -> Iterator[tuple[str, str, int, Tensor]]:
         """(name, kind, start, live flat tensor) of everything this rank holds, whoever shares it."""
         for name, p in self.trainable().items():
             start, piece = self.piece(p)
@@ -395,7 +399,7 @@ class Strategy:
         Where every rank holds everything, the flattened model is cut into W equal runs, so that all write alike.
         """
         if not self.replicated or self.procs.world_size == 1:
-            yield from self._held()
+            yield from self.held()
             return
         total = sum(math.prod(s) for s in self.shapes.values())
         low, high = (total * r // self.procs.world_size for r in (self.procs.rank, self.procs.rank + 1))
@@ -403,7 +407,7 @@ class Strategy:
         for name, shape in self.shapes.items():
             offsets[name] = offset
             offset += math.prod(shape)
-        for name, kind, _, tensor in self._held():
+        for name, kind, _, tensor in self.held():
             a, b = max(low - offsets[name], 0), min(high - offsets[name], tensor.numel())
             if a < b:
                 yield name, kind, a, tensor[a:b]
@@ -414,7 +418,7 @@ class Strategy:
         kinds: what the checkpoint holds; a moving average that it lacks starts from the masters.
         """
         with torch.no_grad():
-            for name, kind, start, tensor in self._held():
+            for name, kind, start, tensor in self.held():
                 source = kind if kind in kinds else "master"
                 tensor.copy_(read(name, source, start, tensor.numel()).to(tensor.device))
         self.loaded(step)

@@ -1,0 +1,477 @@
+"""Portable checkpoints: ranges of named state in, ranges of named state out.
+
+Owns: the format on disk (`docs/checkpoints.md`), saving without stopping the loop for longer than a copy, the commit, the
+rotation, finding and verifying what was committed, reading any range of it, and the hash of the live state.
+
+Does not own: which rank has which range (`train.strategy`), when to save (`main.py`), who owns the directory (`rundir.Lock`).
+Nothing here knows how many ranks wrote a checkpoint or under which engine, and nothing is ever unpickled.
+
+A checkpoint is a directory:
+
+    step-00000100/manifest.json              what is where; hashes itself and every file
+                  rank-00000.safetensors     flat fp32 ranges, named "<parameter>|<kind>|<start>"
+
+Reading needs no torch until values become tensors, so `gearshift verify` and `status` start at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from train import rundir
+from train.rundir import RunDir
+
+if TYPE_CHECKING:
+    import torch
+
+    from train.strategy import Processes, Strategy
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+CHUNK_BYTES = 16 * 2**20
+PEER_TIMEOUT_S = 1800.0  # a rank that has not written its file by then is taken for dead
+
+
+class CheckpointError(Exception):
+    """A checkpoint cannot be used (or written) as asked; the message names the file and what is wrong with it."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saving
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Saves one run's state. One save at a time; a second waits for the first.
+
+    Every rank copies its ranges out of the live state, then a thread of its own writes and hashes its file beside a small
+    receipt. The main process's thread waits for all receipts, writes the manifest, and renames the directory: that
+    rename is the commit. Threads talk through the directory only, so a save never meets a collective of the loop.
+    """
+
+    def __init__(
+        self,
+        run: RunDir,
+        procs: Processes,
+        strategy: Strategy,
+        *,
+        hashes: dict[str, str],
+        lock: rundir.Lock | None,
+        keep: int,
+        keep_every: int | None,
+        asynchronous: bool,
+        attempt: int,
+    ) -> None:
+        """hashes: `math_hash` and `exec_hash`. lock: the main process's, read again at every commit."""
+        self.run, self.procs, self.strategy, self.hashes, self.lock = run, procs, strategy, hashes, lock
+        self.keep, self.keep_every, self.asynchronous, self.attempt = keep, keep_every, asynchronous, attempt
+        self._buffer: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.saved_step: int | None = None  # the last step handed to a writer
+
+    def save(self, step: int, counters: dict[str, Any], *, best_step: int | None, blocking: bool = False) -> None:
+        """Save the state after update `step`. Returns once the live state is copied (or, blocking, committed).
+
+        counters: JSON numbers that belong to the run: samples, tokens, best value, patience count, loss scale.
+        """
+        self.wait()
+        ranges, flat = self._copy()
+        names = {n: i for i, n in enumerate(self.strategy.shapes)}
+        header, table = _header(ranges, names)
+        temporary = self.run.checkpoints / f".step-{step:08d}.{self.attempt}.tmp"
+        plan = {"step": step, "counters": counters, "best_step": best_step}
+        self.saved_step = step
+        if self.procs.is_main:
+            self.run.event("save", step=step, attempt=self.attempt)
+
+        def write() -> None:
+            try:
+                rundir.make_directory(temporary)
+                _write_file(temporary, self.procs.rank, header, flat, table)
+                if self.procs.is_main:
+                    self._commit(temporary, plan)
+            except Exception as error:
+                self._error = error
+                if not self.procs.is_main:  # tell the main process, or it would wait for us
+                    _receipt(temporary, self.procs.rank, {"error": f"{type(error).__name__}: {error}"})
+
+        self._thread = threading.Thread(target=write, name=f"save-{step}", daemon=True)
+        self._thread.start()
+        if blocking or not self.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the save under way, if any, is committed or has failed. Failures are for `failure` to report."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> Exception | None:
+        """The error of the last save, once; the checkpoints before it are untouched."""
+        error, self._error = self._error, None
+        return error
+
+    def _copy(self) -> tuple[list[tuple[str, str, int, int]], np.ndarray]:
+        """Ranges (name, kind, start, numel) and their values, one after the other, in a host buffer that is reused."""
+        import torch
+
+        owned = list(self.strategy.owned())
+        total = sum(t.numel() for *_, t in owned)
+        if self._buffer is None or self._buffer.numel() != total:
+            pin = self.procs.device.type == "cuda"
+            self._buffer = torch.empty(total, dtype=torch.float32, pin_memory=pin)
+        offset = 0
+        for *_, tensor in owned:
+            self._buffer[offset : offset + tensor.numel()].copy_(tensor.detach(), non_blocking=True)
+            offset += tensor.numel()
+        if self.procs.device.type == "cuda":
+            torch.cuda.synchronize(self.procs.device)
+        return [(n, k, s, t.numel()) for n, k, s, t in owned], self._buffer.numpy()
+
+    def _commit(self, temporary: Path, plan: dict[str, Any]) -> None:
+        step = plan["step"]
+        receipts = self._receipts(temporary)
+        failed = {r: receipt["error"] for r, receipt in receipts.items() if "error" in receipt}
+        if failed:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise CheckpointError(f"step {step} was not saved: {failed}")
+        manifest = {
+            "format": FORMAT,
+            "step": step,
+            "attempt": self.attempt,
+            **self.hashes,
+            "counters": plan["counters"],
+            "best_step": plan["best_step"],
+            "optimizer_steps": step,
+            "tensors": [[n, list(shape)] for n, shape in self.strategy.shapes.items()],
+            "aliases": self.strategy.aliases,
+            "kinds": sorted({k for receipt in receipts.values() for k in receipt["kinds"]}),
+            "files": [receipt for _, receipt in sorted(receipts.items()) if receipt["ranges"]],
+            "saved_under": {"strategy": self.strategy.name, "world_size": self.procs.world_size},
+            "libraries": {p: metadata.version(p) for p in ("torch", "accelerate", "safetensors", "transformers")},
+        }
+        manifest["manifest_sha256"] = _manifest_hash(manifest)
+        for file in temporary.glob("receipt-*.json"):
+            file.unlink()
+        rundir.atomic_write(temporary / "manifest.json", json.dumps(manifest))
+        rundir.sync_directory(temporary)
+        if self.lock is not None:
+            self.lock.check()
+        final = self.run.checkpoint(step)
+        if final.exists():  # only a corrupt one can be in the way: a good one would have been resumed from
+            _discard(final)
+        os.rename(temporary, final)
+        rundir.sync_directory(self.run.checkpoints)
+        self.run.event("commit", step=step, attempt=self.attempt)
+        self._rotate(plan["best_step"])
+
+    def _receipts(self, temporary: Path) -> dict[int, dict[str, Any]]:
+        deadline = time.monotonic() + PEER_TIMEOUT_S
+        receipts: dict[int, dict[str, Any]] = {}
+        while len(receipts) < self.procs.world_size:
+            for rank in range(self.procs.world_size):
+                file = temporary / f"receipt-{rank:05d}.json"
+                if rank not in receipts and file.exists():
+                    receipts[rank] = json.loads(file.read_bytes())
+            if len(receipts) < self.procs.world_size:
+                if time.monotonic() > deadline:
+                    missing = sorted(set(range(self.procs.world_size)) - set(receipts))
+                    raise CheckpointError(f"ranks {missing} did not write within {PEER_TIMEOUT_S:.0f} s")
+                time.sleep(0.005)
+        return receipts
+
+    def _rotate(self, best_step: int | None) -> None:
+        """Only after the commit: keep the newest, the best, and every n-th."""
+        steps = sorted(committed(self.run))
+        kept = set(steps[-self.keep :]) | {best_step}
+        for step in steps:
+            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+                _discard(self.run.checkpoint(step))
+        for stale in self.run.checkpoints.glob(".*"):  # of saves that were killed, and of discards
+            if stale.suffix in (".tmp", ".gone"):
+                shutil.rmtree(stale, ignore_errors=True)
+
+
+def _discard(path: Path) -> None:
+    """Rename first: a directory that is half deleted must not look committed."""
+    gone = path.parent / f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.gone"
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _header(ranges: list[tuple[str, str, int, int]], names: dict[str, int]) -> tuple[bytes, dict[str, Any]]:
+    """The safetensors header of flat fp32 ranges that lie one after the other, and the table for the manifest."""
+    entries: dict[str, Any] = {}
+    offset, table, kinds = 0, {}, []
+    for name, kind, start, numel in ranges:
+        entries[f"{name}|{kind}|{start}"] = {"dtype": "F32", "shape": [numel], "data_offsets": [offset, offset + 4 * numel]}
+        offset += 4 * numel
+        table[names[name], start] = numel
+        if kind not in kinds:
+            kinds.append(kind)
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, {
+        "kinds": kinds,
+        "ranges": [[i, start, numel] for (i, start), numel in table.items()],
+    }
+
+
+def _write_file(directory: Path, rank: int, header: bytes, flat: np.ndarray, table: dict[str, Any]) -> None:
+    """Write one rank's file, hashing on the way, then its receipt."""
+    name = f"rank-{rank:05d}.safetensors"
+    digest, size = hashlib.sha256(header), len(header) + flat.nbytes
+    if table["ranges"]:
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise OSError(f"{directory}: {size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
+        data = memoryview(flat).cast("B")
+        descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, rundir.FILE_MODE)
+        with open(descriptor, "wb", buffering=0) as file:
+            file.write(header)
+            for start in range(0, len(data), CHUNK_BYTES):
+                chunk = data[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+            os.fsync(file.fileno())
+    _receipt(directory, rank, {"name": name, "sha256": digest.hexdigest(), "size": size, **table})
+
+
+def _receipt(directory: Path, rank: int, content: dict[str, Any]) -> None:
+    try:
+        rundir.atomic_write(directory / f"receipt-{rank:05d}.json", json.dumps(content))
+    except OSError as error:
+        log.error("rank %d cannot write to %s: %s", rank, directory, error)
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {k: v for k, v in manifest.items() if k != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Finding and reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def committed(run: RunDir) -> list[int]:
+    """Steps with a committed checkpoint, oldest first."""
+    steps = []
+    for path in run.checkpoints.glob("step-*"):
+        if path.name[5:].isdigit() and (path / "manifest.json").exists():
+            steps.append(int(path.name[5:]))
+    return sorted(steps)
+
+
+class Reader:
+    """One committed checkpoint: its manifest, and any range of any state in it. Maps files; reads what is asked for.
+
+    Raises CheckpointError for a manifest that does not hash to itself, names a file outside, or whose ranges do not tile
+    every tensor exactly.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            raw = (path / "manifest.json").read_bytes()
+            self.manifest: dict[str, Any] = json.loads(raw)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}/manifest.json: {error}") from None
+        if not isinstance(self.manifest, dict) or self.manifest.get("manifest_sha256") != _manifest_hash(self.manifest):
+            raise CheckpointError(f"{path}/manifest.json does not hash to what it says: it was changed or cut")
+        if self.manifest["format"] != FORMAT:
+            raise CheckpointError(f"{path}: format {self.manifest['format']}; this version reads {FORMAT}")
+        self.step: int = self.manifest["step"]
+        self.kinds: list[str] = self.manifest["kinds"]
+        self.shapes = {name: tuple(shape) for name, shape in self.manifest["tensors"]}
+        self._index: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self.shapes}  # start, numel, file
+        names = list(self.shapes)
+        for number, file in enumerate(self.manifest["files"]):
+            if Path(file["name"]).name != file["name"]:
+                raise CheckpointError(f"{path}: file name {file['name']!r} leads elsewhere")
+            for i, start, numel in file["ranges"]:
+                self._index[names[i]].append((start, numel, number))
+        for name, pieces in self._index.items():
+            pieces.sort()
+            reached = 0
+            for start, numel, _ in pieces:
+                if start != reached:
+                    raise CheckpointError(f"{path}: {name} has a gap or an overlap at element {min(start, reached)}")
+                reached = start + numel
+            if reached != math.prod(self.shapes[name]):
+                raise CheckpointError(f"{path}: {name} ends at element {reached} of {math.prod(self.shapes[name])}")
+        self._files: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
+
+    def verify(self, share: tuple[int, int] = (0, 1)) -> None:
+        """Compare size and sha256 of every file with the manifest; `share=(r, n)`: of every n-th from the r-th on."""
+        for file in self.manifest["files"][share[0] :: share[1]]:
+            path = self.path / file["name"]
+            digest = hashlib.sha256()
+            try:
+                if path.stat().st_size != file["size"]:
+                    raise CheckpointError(f"{path}: {path.stat().st_size} bytes, {file['size']} were written")
+                with open(path, "rb", buffering=0) as stream:
+                    while chunk := stream.read(CHUNK_BYTES):
+                        digest.update(chunk)
+            except OSError as error:
+                raise CheckpointError(f"{path}: {error}") from None
+            if digest.hexdigest() != file["sha256"]:
+                raise CheckpointError(f"{path}: sha256 differs from the manifest's: the file is corrupt")
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> np.ndarray:
+        """`numel` flat fp32 values of `name` from element `start` on."""
+        if name not in self._index:
+            raise CheckpointError(f"{self.path} holds no {name}")
+        out = np.empty(numel, dtype=np.float32)
+        for first, length, number in self._index[name]:
+            low, high = max(first, start), min(first + length, start + numel)
+            if low < high:
+                data, entries = self._open(number)
+                a, b = entries[f"{name}|{kind}|{first}"]["data_offsets"]
+                out[low - start : high - start] = data[a:b].view(np.float32)[low - first : high - first]
+        return out
+
+    def _open(self, number: int) -> tuple[np.ndarray, dict[str, Any]]:
+        if number not in self._files:
+            data = np.memmap(self.path / self.manifest["files"][number]["name"], dtype=np.uint8, mode="r")
+            length = int.from_bytes(bytes(data[:8]), "little")
+            self._files[number] = data[8 + length :], json.loads(bytes(data[8 : 8 + length]))
+        return self._files[number]
+
+
+def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
+    """Candidates to resume from, best first: a step by number, `best`, or `last` with all older ones behind it.
+
+    Raises CheckpointError when the one that was named does not exist.
+    """
+    steps = committed(run)
+    if which == "last":
+        yield from (run.checkpoint(s) for s in reversed(steps))
+        return
+    wanted: int | None
+    if which == "best":
+        wanted = next((Reader(run.checkpoint(s)).manifest["best_step"] for s in reversed(steps)), None)
+    else:
+        wanted = int(which)
+    if wanted not in steps:
+        raise CheckpointError(f"{run.path} has no checkpoint of step {wanted if wanted is not None else which}; it has {steps}")
+    yield run.checkpoint(wanted)
+
+
+def newest(run: RunDir, procs: Processes, which: str | int = "last", say: Callable[[str], None] = log.warning) -> Reader | None:
+    """The first candidate that verifies, the work of hashing shared over the ranks; None if there is no checkpoint.
+
+    Corrupt ones are named and passed over, before any state is touched. Raises CheckpointError if all are corrupt.
+    """
+    candidates = procs.from_main(lambda: [str(p) for p in choose(run, which)])
+    for candidate in candidates:
+        try:
+            reader = Reader(Path(candidate))
+            reader.verify((procs.rank, procs.world_size))
+            problem = None
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [p for p in procs.gather(problem) if p]
+        if not problems:
+            return reader
+        if procs.is_main:
+            say(f"passing over {candidate}: {problems[0]}")
+    if candidates:
+        raise CheckpointError(
+            f"no checkpoint in {run.checkpoints} verifies. Restore one from a copy, or start again with another run.name."
+        )
+    return None
+
+
+def read_masters(run_dir: str | Path, step: str | int = "best", *, averaged: bool = True) -> dict[str, torch.Tensor]:
+    """Trained weights by name, fp32 on the CPU, aliases of tied ones included; the moving average where there is one."""
+    import torch
+
+    run = RunDir(run_dir)
+    try:
+        path = next(choose(run, step), None)
+    except CheckpointError:
+        if step != "best":
+            raise
+        path = next(choose(run, "last"), None)
+    if path is None:
+        raise CheckpointError(f"{run.path} has no checkpoint")
+    reader = Reader(path)
+    reader.verify()
+    kind = "ema" if averaged and "ema" in reader.kinds else "master"
+    weights = {n: torch.from_numpy(reader.read(n, kind, 0, math.prod(s))).view(s) for n, s in reader.shapes.items()}
+    weights.update({alias: weights[name] for alias, name in reader.manifest["aliases"].items()})
+    return weights
+
+
+def load(strategy: Strategy, reader: Reader) -> None:
+    """Fill the live state from a verified checkpoint. Raises CheckpointError when names or shapes differ."""
+    import torch
+
+    if reader.shapes != strategy.shapes:
+        missing = sorted(set(strategy.shapes) - set(reader.shapes))
+        extra = sorted(set(reader.shapes) - set(strategy.shapes))
+        differ = sorted(n for n in set(reader.shapes) & set(strategy.shapes) if reader.shapes[n] != strategy.shapes[n])
+        raise CheckpointError(
+            f"{reader.path} is of another model. Missing: {missing[:5]}; not in this model: {extra[:5]}; other shape: {differ[:5]}"
+        )
+    strategy.load(lambda n, k, s, c: torch.from_numpy(reader.read(n, k, s, c)), reader.step, reader.kinds)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The hash of the live state
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def state_hash(strategy: Strategy, procs: Processes) -> str | None:
+    """sha256 over names in order: shape, and the fp32 bytes of master and moments, whoever owns them.
+
+    Collective under sharded strategies, where the main process gathers; None on the other ranks then.
+    """
+    digest = hashlib.sha256()
+    if strategy.replicated:
+        held = {(n, k): t for n, k, _, t in strategy.held()}
+        for name in sorted(strategy.shapes):
+            digest.update(f"{name}{list(strategy.shapes[name])}".encode())
+            for kind in strategy.kinds():
+                digest.update(held[name, kind].detach().cpu().numpy().tobytes())
+        return digest.hexdigest()
+    import torch
+    import torch.distributed as dist
+
+    pieces = {(n, k, s): t for n, k, s, t in strategy.owned() if k != "ema"}
+    everyone = procs.gather([[n, k, s, t.numel()] for (n, k, s), t in pieces.items()])
+    owners: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+    for rank, listed in enumerate(everyone):
+        for n, k, s, count in listed:
+            owners.setdefault((n, k), []).append((s, count, rank))
+    for name in sorted(strategy.shapes):
+        digest.update(f"{name}{list(strategy.shapes[name])}".encode())
+        for kind in strategy.kinds():
+            for start, count, rank in sorted(owners[name, kind]):
+                if rank == procs.rank:
+                    value = pieces[name, kind, start].detach().float().cpu().contiguous()
+                    if rank != 0:
+                        dist.send(value, 0)
+                elif procs.is_main:
+                    value = torch.empty(count)
+                    dist.recv(value, rank)
+                if procs.is_main:
+                    digest.update(value.numpy().tobytes())
+    return digest.hexdigest() if procs.is_main else None
