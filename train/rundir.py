@@ -1,13 +1,14 @@
 """A run directory: the names in it, the only ways to write there, and who may.
 
 Owns: every file name of a run, atomic and append-only writes, `events.jsonl`, `result.json` and the exit code that
-follows from it, the STOP and SAVE requests, the lock with the numbering of attempts, the comparison of a command with
-the run it would resume, and what `env.json` says. Torch-free: `gearshift status` and a finished run read it in an instant.
+follows from it, the STOP and SAVE requests, the lock with the numbering of attempts, and the comparison of a command
+with the run it would resume. Torch-free: `gearshift status` reads a directory in an instant.
 
-Does not own: what a checkpoint holds (`checkpoint.py`), when to stop (`stop.py`), how a setting is checked (`config.py`).
+Does not own: what a checkpoint holds (`checkpoint.py`), when to stop (`stop.py`), what a setting means (`config.py`),
+what people are told about a run (`describe.py`).
 
-Two rules keep a directory readable at every instant, on NFS too: a file that is replaced is written beside, fsynced and
-renamed; a file that grows is appended to with one write per call, and its torn end is cut by the next owner.
+Two rules keep a directory readable at every instant, on NFS too: a file that is replaced is written beside, fsynced
+and renamed; a file that grows is appended to with one write per call, and its torn end is cut by the next owner.
 """
 
 from __future__ import annotations
@@ -22,8 +23,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from train import config
+from train.config import Config
 
 DIRECTORY_MODE = 0o750
 FILE_MODE = 0o640
@@ -43,6 +48,11 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 class RunError(Exception):
     """The run directory cannot be used as asked; the message says what is there and what to type."""
+
+    def __init__(self, message: str, code: int = EXIT_FAILED) -> None:
+        """code: the exit code that a command ends with."""
+        super().__init__(message)
+        self.code = code
 
 
 class Held(RunError):
@@ -79,7 +89,7 @@ def sync_directory(path: Path) -> None:
 
 
 def atomic_write(path: Path, content: str | bytes) -> None:
-    """Replace `path` as a whole: a reader sees the old content or the new, never a part, and a crash keeps one of them."""
+    """Replace `path` as a whole: readers, and whoever comes after a crash, see the old content or the new."""
     with _written_beside(path, content) as temporary:
         os.replace(temporary, path)
     sync_directory(path.parent)
@@ -148,7 +158,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             if number == len(lines) - 1:
                 break
-            raise RunError(f"{path}, line {number}: not JSON. The file was changed by hand or by a failing disk.") from None
+            raise RunError(f"{path}, line {number}: not JSON; changed by hand, or by a failing disk.") from None
     return records
 
 
@@ -206,8 +216,9 @@ class RunDir:
         return self.checkpoints / f"step-{step:08d}"
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Append to `events.jsonl`. `t` (s) never runs backwards on one machine; `time` is the wall clock, for people."""
-        append_line(self.events, {"kind": kind, "t": round(time.monotonic(), 6), "time": round(time.time(), 3), **fields})
+        """Append to `events.jsonl`: `t` (s) never runs backwards on one machine, `time` is the wall clock."""
+        clocks = {"t": round(time.monotonic(), 6), "time": round(time.time(), 3)}
+        append_line(self.events, {"kind": kind, **clocks, **fields})
 
     def result(self) -> dict[str, Any] | None:
         """`result.json`, or `None` before the first attempt."""
@@ -219,14 +230,14 @@ class RunDir:
             raise RunError(f"{self.result_file} is not JSON. Remove it: the next attempt writes it again.") from None
 
     def write_result(self, status: str, attempt: int, *, reason: str | None = None, **fields: Any) -> None:
-        """Replace `result.json`. `reason`: why it stopped or failed; one of `CLASSIFIED` where that fits, else free text."""
+        """Replace `result.json`. `reason`: why it stopped or failed, a word of `CLASSIFIED` where one fits."""
         if status not in STATUSES:
             raise ValueError(f"status {status!r} is none of {STATUSES}")
         record = {"status": status, "attempt": attempt, "reason": reason, "name": self.path.name, **fields}
         atomic_write(self.result_file, to_json(record, indent=2) + "\n")
 
     def last_attempt(self) -> int:
-        """The highest attempt that left a trace; 0 before the first. Holds for a copied directory without its lock too."""
+        """The highest attempt that left a trace, in a copy without the lock too; 0 before the first."""
         numbers = [0, (self.result() or {}).get("attempt", 0)]
         numbers += [int(file.stem) for file in self.lock.glob("*.json")]
         numbers += [event.get("attempt") or 0 for event in read_jsonl(self.events)]
@@ -250,7 +261,7 @@ class RunDir:
         self.save.unlink(missing_ok=True)
 
 
-def resolve(cfg: Any, math_hash: str) -> RunDir:
+def resolve(cfg: Config, math_hash: str) -> RunDir:
     """The directory of the run that `cfg` describes: `<run.root>/<run.name>`.
 
     Raises `RunError` for a name that could leave the root or upset a shell, a scheduler or a tracker.
@@ -258,20 +269,93 @@ def resolve(cfg: Any, math_hash: str) -> RunDir:
     name = cfg.run.name or f"{cfg.experiment}-{math_hash[:8]}"
     if not _NAME.fullmatch(name):
         raise RunError(
-            f"run.name={name!r} is not a name: 1 to 96 letters, digits, `.`, `_` and `-`, the first a letter or digit.\n"
-            "Choose another with run.name=...; the directory above it is run.root."
+            f"run.name={name!r} is not a name: 1 to 96 letters, digits, `.`, `_` and `-`, a letter or digit first.\n"
+            "Choose another with run.name=...; the directory above it is run.root.",
+            EXIT_CONFIG,
         )
     return RunDir(Path(cfg.run.root) / name)
 
 
 def exit_code(result: dict[str, Any] | None) -> int:
-    """The contract's exit code for a result: 0 finished, 75 stopped and saved, 2, 3 or 12 classified, 1 anything else."""
+    """The contract's exit code for a result: 0 finished, 75 stopped, 2, 3 or 12 classified, 1 anything else."""
     status = (result or {}).get("status")
     if status == "finished":
         return EXIT_FINISHED
     if status == "stopped":
         return EXIT_STOPPED
     return CLASSIFIED.get((result or {}).get("reason") or "", EXIT_FAILED) if status == "failed" else EXIT_FAILED
+
+
+# ------------------------------------------------------------------------------------------------ what a run is
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a command would train, held against what the run directory was started with."""
+
+    math_hash: str
+    exec_hash: str
+    math: dict[str, Any]
+    """What entered the math hash; `train.precision` as it was written at the first start."""
+    precision: str
+    """The precision in force: what `auto` became at the first start, else the word of the command."""
+    changes: tuple[str, ...] = ()
+    """Accepted differences, one `key: old -> new` each."""
+
+
+def admit(cfg: Config, run: RunDir, fingerprints: dict[str, str], *, accept: bool = False) -> Identity:
+    """Compare `cfg` with the run it would start or resume; writes nothing.
+
+    Where, how and what is watched may differ. Raises `RunError` (exit code 2) if what is learned differs and `accept`
+    is not set: with the differences, and the line that accepts them.
+    """
+    stored = _stored_identity(run)
+    precision = cfg.train.precision
+    if stored and stored["math"]["train"]["precision"] == "auto" and precision in ("auto", stored["precision"]):
+        cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
+        precision = stored["precision"]
+    math_now = config.math_dict(cfg, fingerprints)
+    now = Identity(config.math_hash(cfg, fingerprints), config.exec_hash(cfg), math_now, precision)
+    if not stored or stored["math_hash"] == now.math_hash:
+        return now
+    changes = config.diff(stored["math"], math_now)
+    if accept:
+        return replace(now, changes=tuple(changes))
+    raise RunError(
+        f"{run.path} is another experiment: resuming it with this command would change what is learned.\n"
+        + "".join(f"  {change}\n" for change in changes)
+        + f"To go on all the same:  gearshift resume {run.path} {_overrides(changes)}--accept\n"
+        + "To leave that run alone, give this one a name of its own:  run.name=...",
+        EXIT_CONFIG,
+    )
+
+
+def freeze(cfg: Config, run: RunDir, identity: Identity, attempt: int) -> None:
+    """Write `config.yaml` and `math.json`, and leave a `math_changed` event for accepted changes. Only for the owner.
+
+    `identity.precision` must be resolved by now: it is what `config.yaml` gets, and what every later attempt keeps.
+    """
+    cfg = replace(cfg, train=replace(cfg.train, precision=identity.precision))
+    atomic_write(run.config, config.to_yaml(cfg))
+    record = {key: getattr(identity, key) for key in ("math_hash", "exec_hash", "precision", "math")}
+    atomic_write(run.identity, to_json(record, indent=2) + "\n")
+    if identity.changes:
+        run.event("math_changed", attempt=attempt, math_hash=identity.math_hash, changes=list(identity.changes))
+
+
+def _stored_identity(run: RunDir) -> dict[str, Any] | None:
+    try:
+        return json.loads(run.identity.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise RunError(f"{run.identity} is not JSON. Without it a resume cannot be checked: restore it.") from None
+
+
+def _overrides(changes: list[str]) -> str:
+    """The changes that are settings, as overrides; a changed fingerprint is none."""
+    pairs = (re.fullmatch(r"(\w+(?:\.\w+)*): .* -> (\S+)", change) for change in changes)
+    return "".join(f"{pair[1]}={pair[2]} " for pair in pairs if pair and not re.fullmatch(r"[0-9a-f]{64}", pair[2]))
 
 
 # --------------------------------------------------------------------------------------------------------------- lock
@@ -285,7 +369,7 @@ class Lock:
     owner and none with two. The file names its process and carries a heartbeat.
 
     An owner is dead at once when it released the lock, when its process on this host is gone, or when it was an earlier
-    start of this very Slurm job. Anyone else is dead after `PATIENCE_S` without a heartbeat, by the clock of the one who
+    start of this very Slurm job. Any other is dead after `PATIENCE_S` without a heartbeat, by the clock of the one who
     waits: clocks of hosts are never compared. (`bury` is for a launcher that knows better, e.g. from the scheduler.)
     """
 
@@ -306,7 +390,7 @@ class Lock:
         heartbeat_s: float = HEARTBEAT_S,
         say: Callable[[str], None] = lambda _: None,
     ) -> Lock:
-        """Become the owner, and cut the torn ends that the last one left. Raises `Held`, naming the owner that lives."""
+        """Become the owner, and cut the torn ends that the last one left. Raises `Held`, naming a live owner."""
         make_directory(run.lock)
         while True:
             attempt = run.last_attempt() + 1  # before the judgement: an owner that appears meanwhile has this number
@@ -367,7 +451,7 @@ def holder(run: RunDir) -> dict[str, Any] | None:
 def wait_until_free(
     run: RunDir, *, patience_s: float = PATIENCE_S, say: Callable[[str], None] = lambda _: None
 ) -> None:
-    """Return when nobody owns the run; wait up to `patience_s` for a sign of life of an owner elsewhere. Raises `Held`."""
+    """Return when nobody owns the run; give an owner elsewhere `patience_s` for a sign of life. Raises `Held`."""
     first = holder(run)
     deadline = time.monotonic() + patience_s
     said = False

@@ -1,0 +1,150 @@
+"""What is told about a run: its result as text, and the environment it ran in.
+
+Owns: the text that ends a run, and that a finished run shows again; what `env.json` holds; how secrets are taken out of
+what is written down. Torch-free.
+
+Does not own: the files it reads (`rundir.py`); the report (`launch/report`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from train.rundir import RunDir
+
+_SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential|private_key")
+_PACKAGES = [
+    *("torch", "accelerate", "deepspeed", "hydra-core", "transformers", "peft", "wandb", "safetensors", "tokenizers"),
+    *("numpy", "bitsandbytes"),
+]
+
+
+def show_result(run: RunDir) -> str:
+    """What a person sees at the end of a run, and again whenever it is asked for. Reads only the directory."""
+    result = run.result() or {}
+    status, evaluation = result.get("status", "not started"), result.get("eval") or {}
+    lines = [f"{run.path.name}: {status}" + (f" ({result['reason']})" if result.get("reason") else "")]
+
+    def row(name: str, value: Any, note: str = "") -> None:
+        if value is not None:
+            lines.append(
+                f"  {name:<22}{value:,.4g}{note}" if isinstance(value, float) else f"  {name:<22}{value}{note}"
+            )
+
+    counted = [f"{result[key]:,} {key}" for key in ("steps", "samples", "tokens") if result.get(key)]
+    if result.get("wall_s"):
+        counted.append(f"{result['wall_s']:.0f} s")
+    row("trained", ", ".join(counted) or None)
+    row(f"best {result.get('metric', 'objective')}", result.get("objective"))
+    for name, value in evaluation.items():
+        row(name, value)
+    for name, value in (result.get("baselines") or {}).items():
+        row(f"  {name}", value, "  (baseline, same held-out data)")
+    engine = result.get("engine") or {}
+    if engine:
+        row("ran as", f"{engine.get('strategy')}, {engine.get('world_size')} rank(s), {engine.get('precision')}")
+    predicted, measured = result.get("predicted") or {}, result.get("measured") or {}
+    for name, value in measured.items():
+        row(name, value, f"  (predicted {predicted[name]:,.4g})" if predicted.get(name) else "")
+    row("run directory", _shown(run.path))
+    offline = sorted(run.path.glob("wandb/offline-run-*"))
+    row("W&B, offline", f"wandb sync {_shown(offline[-1])}" if offline else None)
+    if samples := sorted(run.samples.glob("step-*")):
+        row("samples", _shown(samples[-1]))
+    if result.get("sample"):
+        lines += ["", str(result["sample"]).rstrip()]
+    return "\n".join([*lines, "", *_next_steps(run, result)])
+
+
+def _next_steps(run: RunDir, result: dict[str, Any]) -> list[str]:
+    path, steps = _shown(run.path), result.get("steps") or 0
+    if result.get("status") == "finished":
+        return [
+            "What next:",
+            f"  gearshift resume {path} train.max_steps={2 * steps} --accept    train it longer",
+            "  gearshift run optim.lr=1e-3                another learning rate, beside this run",
+            "  gearshift run data.path=YOUR/FILES         your own text",
+        ]
+    if result.get("status") == "failed":
+        return [
+            f"The reason is at the end of {_shown(run.logs)}/rank-0.log. After the repair:  gearshift resume {path}"
+        ]
+    return [f"Go on:  gearshift resume {path}"]
+
+
+def _shown(path: Path) -> str:
+    """Relative where that is shorter, quoted for a shell."""
+    with suppress(ValueError):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))
+
+
+def env_info() -> dict[str, Any]:
+    """What `env.json` holds: command, code, packages, devices; secrets taken out. Imports nothing heavy."""
+    from importlib import metadata
+
+    packages = {}
+    for name in _PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            packages[name] = metadata.version(name)
+    return {
+        "command": [scrub(word) for word in sys.argv],
+        "directory": os.getcwd(),
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git(Path(__file__).resolve().parent.parent),
+        "packages": packages,
+        "devices": {
+            "cpu": next(iter(re.findall(r"model name\s*: (.*)", _text(Path("/proc/cpuinfo")))), platform.processor()),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "gpus": _output("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"),
+        },
+    }
+
+
+def scrub(text: str) -> str:
+    """`text` without values of secret-looking environment variables and settings, tokens, passwords in URLs."""
+    for name, value in os.environ.items():
+        if len(value) >= 8 and _SECRET_NAME.search(name):
+            text = text.replace(value, "***")
+    text = re.sub(r"(?i)([\w.-]*(?:token|secret|passw|api_?key)[\w.-]*\s*[=:]\s*)[^\s,&]+", r"\1***", text)
+    text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+    return re.sub(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[a-z]-|AKIA|glpat-)[\w-]{12,}", "***", text)
+
+
+def _git(checkout: Path) -> dict[str, Any] | None:
+    """Commit and uncommitted changes of the code, if it lies in a checkout of its own."""
+    git = ("git", "-C", str(checkout))
+    if _output(*git, "rev-parse", "--show-toplevel") != [str(checkout)]:
+        return None
+    diff = "\n".join(_output(*git, "diff", "HEAD"))
+    sha256 = hashlib.sha256(diff.encode()).hexdigest() if diff else None
+    commit = _output(*git, "rev-parse", "HEAD")
+    return {"commit": commit[0] if commit else None, "diff_sha256": sha256, "diff": scrub(diff)[:200_000] or None}
+
+
+def _output(*command: str) -> list[str]:
+    """Lines that a small program prints; none if it is missing or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, errors="replace", check=True)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return done.stdout.splitlines()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
