@@ -1,7 +1,7 @@
 """What is trained: the kinds of model, what each parameter starts from, dropout that does not depend on the layout.
 
-Owns: `build` (from a config to a module, also on the meta device), `materialise` and `initialise` (from meta to starting
-values, one parameter at a time), `KeyedDropout` and `keyed`, and `blocks` (the repeated part of a model).
+Owns: `build` (from a config to a module whose parameters hold nothing yet), `initial_values` (what each of them starts
+from, one at a time), `KeyedDropout` and `keyed`, and `blocks` (the repeated part of a model).
 
 Does not own: the networks (`lm.py`, `vision.py`), where pretrained weights are read and adapters are put in
 (`pretrained.py`), the loss (`train/tasks`), how parameters are laid out over ranks (`train/strategy`).
@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -83,33 +84,50 @@ MODELS: dict[str, Builder] = {
     "unet": _unet,
     "pretrained": _pretrained,
 }
-"""Name of a model -> a function of (config, what `prepare` counted) that builds it. Importing this imports no library of models."""
+"""Name of a model -> a function of (config, what `prepare` counted) that builds it."""
 
 
 def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    """The model of `cfg` in train mode, its values not yet set: call `initialise` (after `materialise` when on meta).
+    """The model of `cfg` in train mode: parameters on meta, buffers (and QLoRA's 4-bit base) real, on the CPU.
 
-    `info` is `Prepared.info`: `vocab_size` for a language model, `num_classes` for the others. Under
-    `torch.device("meta")` nothing is allocated, QLoRA's 4-bit base excepted. Parameters that are trained are fp32.
-    Raises ModelError.
+    `info` is `Prepared.info`: `vocab_size` for a language model, `num_classes` for the others. Parameters that are
+    trained are fp32, frozen ones have the run's precision. Their values come from `initial_values`, one at a time;
+    `initialise` sets all of them. Raises ModelError.
     """
     name = "pretrained" if cfg.model.path else cfg.model.name
     if name not in MODELS:
         raise ModelError(f"model.name={name}: unknown model. Known: {', '.join(MODELS)}.")
-    model = MODELS[name](cfg, info)
-    _refuse_attention_dropout(model)
-    if cfg.peft.name != "none":
-        from train.models import pretrained
+    with _parameters_on_meta():
+        model = MODELS[name](cfg, info)
+        _refuse_attention_dropout(model)
+        if cfg.peft.name != "none":
+            from train.models import pretrained
 
-        model = pretrained.adapt(model, cfg)
-    _key_dropout(model)
+            model = pretrained.adapt(model, cfg)
+        _key_dropout(model)
     return model.train()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, a parameter is on meta from the moment it belongs to a module; buffers are left to compute themselves."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if type(parameter) is not nn.Parameter or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks in order (decoder layers, encoder stages): what FSDP2 wraps and checkpointing recomputes.
 
-    They are the children of the outermost `nn.ModuleList`s; a model without one has no blocks. Never a dropout alone.
+    They are the children of the outermost `nn.ModuleList`s; a model without one has no blocks.
     """
     found: list[nn.Module] = []
 
@@ -126,15 +144,15 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 # ---- Starting values -------------------------------------------------------------------------------------------------
 
-Values = Callable[[str], Tensor | None]
-"""Name of a parameter -> its whole starting value (fp32, CPU), or None where it is already in place (4-bit weights)."""
+Values = Callable[[str], Tensor]
+"""Name of a parameter -> its whole starting value, fp32 on the CPU."""
 
 
 def initial_values(model: nn.Module, seed: int) -> Values:
-    """What each parameter of `model` starts from, made when it is asked for and kept nowhere.
+    """What each meta parameter of `model` starts from, made when it is asked for and kept nowhere.
 
-    Call it before a strategy shards the model: it notes the whole shapes. A parameter that `model.starting_weights` (set
-    by `pretrained.build`) brings is read from there; any other is drawn from a generator seeded by (seed, name):
+    Call it before a strategy shards the model: it notes the whole shapes. A parameter that `model.starting_weights`
+    (set by `pretrained.py`) brings is read from there; any other is drawn from a generator seeded by (seed, name):
 
     - a module with a method `initial(name, generator) -> Tensor | None` decides for its own parameters;
     - norms are 1 and 0, biases 0; `Linear`, `Embedding` and GPT-2's `Conv1D` are normal with the config's
@@ -144,21 +162,19 @@ def initial_values(model: nn.Module, seed: int) -> Values:
 
     Asking for a parameter that no rule covers raises ModelError.
     """
-    brought: Values = getattr(model, "starting_weights", None) or (lambda name: None)
+    brought: Callable[[str], Tensor | None] = getattr(model, "starting_weights", None) or (lambda name: None)
+    config = getattr(model, "config", None)
     owners = {
         f"{prefix}.{leaf}" if prefix else leaf: (module, leaf, parameter.shape)
         for prefix, module in model.named_modules()
         for leaf, parameter in module.named_parameters(recurse=False)
     }
-    config = getattr(model, "config", None)
 
-    def value(name: str) -> Tensor | None:
-        module, leaf, shape = owners[name]
-        if hasattr(getattr(module, leaf), "quant_state"):
-            return None
+    def value(name: str) -> Tensor:
         weights = brought(name)
         if weights is not None:
             return weights
+        module, leaf, shape = owners[name]
         generator = torch.Generator("cpu").manual_seed(_hash64(f"{seed}/{name}"))
         own = module.initial(leaf, generator) if hasattr(module, "initial") else None
         return own if own is not None else _draw(config, module, name, shape, generator)
@@ -166,67 +182,17 @@ def initial_values(model: nn.Module, seed: int) -> Values:
     return value
 
 
-def initialise(model: nn.Module, seed: int, only: Collection[str] | None = None) -> None:
-    """Set the parameters of an unsharded `model` (those named in `only`) and, without `only`, its buffers too."""
+def initialise(model: nn.Module, seed: int) -> nn.Module:
+    """Put every meta parameter of an unsharded `model` on the CPU with its starting value. Tied ones stay tied."""
     values = initial_values(model, seed)
-    if only is None:
-        materialise_buffers(model)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = values(name) if only is None or name in only else None
-            if value is not None:
-                parameter.copy_(value)
-
-
-def materialise(model: nn.Module, device: torch.device | str) -> None:
-    """Give meta parameters and buffers memory on `device`, its content undefined, keeping shared parameters shared.
-
-    `Module.to_empty` alone makes two parameters out of a tied one. Sharded (DTensor) parameters get their shard only.
-    """
-    first: dict[int, str] = {}
-    shared: list[tuple[str, str]] = []
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            shared.append((name, first[id(parameter)]))
-    for module in model.modules():
-        on_meta = [t for t in (*module.parameters(recurse=False), *module.buffers(recurse=False)) if t.is_meta]
-        if on_meta:
-            module.to_empty(device=device, recurse=False)
-    for name, source in shared:
-        prefix, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(prefix), leaf, model.get_parameter(source))
-    materialise_buffers(model)
-
-
-def materialise_buffers(model: nn.Module) -> None:
-    """Compute every buffer anew (rotary frequencies, running statistics): after a meta build they hold nothing.
-
-    Takes each from the checkpoint that the model comes from, from the module's own `initial`, or from the rules of
-    transformers. Set parameters afterwards: those rules may touch a parameter of the same module. Raises ModelError.
-    """
-    brought: Values = getattr(model, "starting_weights", None) or (lambda name: None)
-    owner: Any = None
+    filled: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
-        if hasattr(module, "_init_weights"):
-            owner = module
-        buffers = dict(module.named_buffers(recurse=False))
-        if not buffers:
-            continue
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
-        elif not hasattr(module, "initial") and owner is not None:
-            owner._init_weights(module)
-        elif not hasattr(module, "initial"):
-            raise ModelError(
-                f"{prefix} ({type(module).__name__}) has buffers ({', '.join(buffers)}) that nothing can compute. "
-                "Give the module a method initial(name, generator) -> Tensor that returns them."
-            )
-        for leaf, buffer in buffers.items():
-            value = brought(f"{prefix}.{leaf}" if prefix else leaf)
-            if value is None and hasattr(module, "initial"):
-                value = module.initial(leaf, torch.Generator("cpu").manual_seed(0))
-            if value is not None:
-                buffer.copy_(value)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta and id(parameter) not in filled:
+                value = values(f"{prefix}.{leaf}" if prefix else leaf).to(parameter.dtype)
+                filled[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
+            module._parameters[leaf] = filled.get(id(parameter), parameter)
+    return model
 
 
 def _draw(config: Any, module: nn.Module, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
@@ -244,8 +210,7 @@ def _draw(config: Any, module: nn.Module, name: str, shape: torch.Size, generato
     if leaf == "bias" or leaf.endswith("_bias"):
         return empty.zero_()
     if isinstance(module, nn.modules.conv._ConvNd):
-        fan_in = math.prod(shape[1:])
-        return empty.normal_(0.0, math.sqrt(2 / fan_in), generator=generator)
+        return empty.normal_(0.0, math.sqrt(2 / math.prod(shape[1:])), generator=generator)
     if len(shape) < 2:
         raise ModelError(
             f"No rule says what {name} of a {kind} starts from. Give the module a method "
@@ -292,16 +257,18 @@ class _Key:
 class KeyedDropout(nn.Module):
     """Dropout whose mask is a function of (seed, epoch, sample, module name, element).
 
-    Input: any float tensor whose leading dimension is the samples of the batch given to `keyed`. Elements are zeroed with
-    probability `p` and the others scaled by 1/(1-p), in training only; identity otherwise. Used outside `keyed` in
-    training it raises RuntimeError rather than drop something that could not be reproduced.
+    Input: a float tensor whose leading dimension is the samples of the batch given to `keyed`. Elements are zeroed
+    with probability `p` and the others scaled by 1/(1-p), in training only. The mask spans the first `axes` dimensions
+    and is shared over the rest: 1 drops whole samples of a residual branch (stochastic depth), 2 whole channels of an
+    image, None single elements. Used in training outside `keyed` it raises RuntimeError.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, axes: int | None = None) -> None:
         super().__init__()
         if not 0.0 <= p < 1.0:
             raise ModelError(f"dropout={p}: give a probability in [0, 1).")
         self.p = float(p)
+        self.axes = axes
         self.key = _Key()
         self.salt = 0
 
@@ -313,13 +280,14 @@ class KeyedDropout(nn.Module):
             raise RuntimeError("dropout in training outside `with keyed(model, batch, seed)`: no sample to key it by")
         if x.shape[0] != samples.shape[0]:
             raise RuntimeError(f"dropout of {tuple(x.shape)} with {samples.shape[0]} samples: samples come first")
-        element = _mix(torch.arange(x[0].numel(), device=x.device) & _MASK32)
+        own = x.shape[: self.axes]
+        element = _mix(torch.arange(math.prod(own[1:]), device=x.device))
         bits = _mix(_mix(samples.to(x.device) ^ self.salt)[:, None] ^ element)
-        keep = bits >= int(self.p * (1 << 32))
-        return x * (keep.view(x.shape).to(x.dtype) / (1.0 - self.p))
+        keep = (bits >= int(self.p * (1 << 32))).view(*own, *[1] * (x.dim() - len(own)))
+        return x * (keep.to(x.dtype) / (1.0 - self.p))
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}" if self.axes is None else f"p={self.p}, axes={self.axes}"
 
 
 _KEYS: WeakKeyDictionary[nn.Module, list[_Key]] = WeakKeyDictionary()
@@ -329,19 +297,17 @@ _KEYS: WeakKeyDictionary[nn.Module, list[_Key]] = WeakKeyDictionary()
 def keyed(model: nn.Module, batch: Mapping[str, Tensor], seed: int) -> Iterator[None]:
     """Key the dropout of `model` (wrapped or not) by the samples of `batch`. Run forward *and* backward inside.
 
-    Reads `sample` and `epoch`, int64[B]. The backward pass belongs inside because activation checkpointing runs forwards
-    there. A model without dropout costs nothing.
+    Reads `sample` and `epoch`, int64[B]. The backward pass belongs inside because activation checkpointing runs
+    forwards there. A model without dropout costs a look-up.
     """
     keys = _KEYS.get(model)
     if keys is None:
         keys = list({id(m.key): m.key for m in model.modules() if isinstance(m, KeyedDropout) and m.p > 0}.values())
         _KEYS[model] = keys
     if keys:
-        sample, epoch = batch["sample"], batch["epoch"]
-        words = (_hash64(f"dropout/{seed}") & _MASK32, sample & _MASK32, (sample >> 32) & _MASK32, epoch & _MASK32)
-        state = torch.zeros_like(sample)
-        for word in words:
-            state = _mix(state ^ word)
+        state = _mix(torch.full_like(batch["sample"], _hash64(f"dropout/{seed}") & _MASK32))
+        for word in (batch["sample"], batch["sample"] >> 32, batch["epoch"]):
+            state = _mix(state ^ (word & _MASK32))
         for key in keys:
             key.samples = state
     try:
@@ -352,19 +318,19 @@ def keyed(model: nn.Module, batch: Mapping[str, Tensor], seed: int) -> Iterator[
 
 
 def _key_dropout(model: nn.Module) -> None:
-    """Put `KeyedDropout` in the place of every `nn.Dropout`, and tell each its name. They share one key."""
+    """Put `KeyedDropout` in the place of every dropout that draws from a generator, and tell each its name."""
     key = _Key()
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            parent, _, leaf = name.rpartition(".")
-            owner = model.get_submodule(parent)
+        if isinstance(module, nn.Dropout):
             module = KeyedDropout(module.p)
-            if isinstance(owner, nn.ModuleDict | nn.ModuleList | nn.Sequential):
-                owner._modules[leaf] = module
-            else:
-                setattr(owner, leaf, module)
+        elif isinstance(module, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
+            module = KeyedDropout(module.p, axes=2)
+        elif type(module).__name__.endswith("DropPath"):  # transformers' vision models each have their own class
+            module = KeyedDropout(getattr(module, "drop_prob", None) or 0.0, axes=1)
         if isinstance(module, KeyedDropout):
             module.key, module.salt = key, _hash64(name) & _MASK32
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._modules[leaf] = module
 
 
 def _refuse_attention_dropout(model: nn.Module) -> None:
@@ -373,7 +339,8 @@ def _refuse_attention_dropout(model: nn.Module) -> None:
     for field in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
         if (getattr(config, field, None) or 0.0) > 0.0:
             raise ModelError(
-                f"{field}={getattr(config, field)} of this model: attention dropout is drawn inside fused attention "
-                "kernels, from the device's generator, so it would differ between micro-batches, ranks and devices. "
-                f"Set {field} to 0 in the model's config.json; model.dropout and peft.dropout are supported."
+                f"This model's config.json says {field}={getattr(config, field)}. Attention dropout is drawn inside "
+                "fused kernels from the device's generator, so it would differ between micro-batches, ranks and "
+                f"devices. Set {field} to 0 in a copy of the model's directory (`hf download ID --local-dir DIR` makes "
+                "one) and give model.path=DIR. Dropout elsewhere in the model, model.dropout and peft.dropout are kept."
             )
