@@ -22,7 +22,8 @@ from typing import Any
 
 from train.rundir import RunDir
 
-_SECRET_NAME = re.compile(r"(?i)token|secret|passw|api_?key|credential|private_key")
+_SECRET = r"(?:token|secret|passwd|password|passphrase|api_?key|credential|private_?key)(?!s\b|iz)"
+"""Part of the name of a secret; `tokenizer` and `max_tokens` are none."""
 _PACKAGES = [
     *("torch", "accelerate", "deepspeed", "hydra-core", "transformers", "peft", "wandb", "safetensors", "tokenizers"),
     *("numpy", "bitsandbytes"),
@@ -116,9 +117,9 @@ def env_info() -> dict[str, Any]:
 def scrub(text: str) -> str:
     """`text` without values of secret-looking environment variables and settings, tokens, passwords in URLs."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and _SECRET_NAME.search(name):
+        if len(value) >= 8 and re.search(f"(?i){_SECRET}", name):
             text = text.replace(value, "***")
-    text = re.sub(r"(?i)([\w.-]*(?:token|secret|passw|api_?key)[\w.-]*\s*[=:]\s*)[^\s,&]+", r"\1***", text)
+    text = re.sub(rf"(?i)({_SECRET}[\w.-]*[\"']?\s*[=:]\s*)[^\s,&]+", r"\1***", text)
     text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
     return re.sub(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[a-z]-|AKIA|glpat-)[\w-]{12,}", "***", text)
 
