@@ -446,11 +446,17 @@ def test_the_result_as_text(run: RunDir, monkeypatch) -> None:
     run.write_result(
         "finished",
         1,
-        **{"steps": 300, "tokens": 1_228_800, "wall_s": 45.2, "sample": "def f():\n    return 1"},
-        **{"metric": "eval_loss", "objective": 1.77, "eval": {"eval_bpb": 2.55}},
+        steps=300,
+        tokens=1_228_800,
+        wall_s=45.2,
+        sample="def f():\n    return 1",
+        metric="eval_loss",
+        objective=1.77,
+        eval={"eval_bpb": 2.55},
         baselines={"byte n-gram": 2.66, "xz -9": 1.53},
         engine={"strategy": "ddp", "world_size": 2, "precision": "fp32"},
-        **{"predicted": {"step_s": 0.2}, "measured": {"step_s": 0.25}},
+        predicted={"step_s": 0.2},
+        measured={"step_s": 0.25},
     )
     text = describe.show_result(run)
     for part in (
