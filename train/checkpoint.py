@@ -37,6 +37,7 @@ from train.rundir import RunDir
 if TYPE_CHECKING:
     import torch
 
+    from train.config import CheckpointConfig
     from train.strategy import Processes, Strategy
 
 log = logging.getLogger(__name__)
@@ -68,34 +69,33 @@ class Checkpointer:
         run: RunDir,
         procs: Processes,
         strategy: Strategy,
+        settings: CheckpointConfig,
         *,
         hashes: dict[str, str],
         lock: rundir.Lock | None,
-        keep: int,
-        keep_every: int | None,
-        asynchronous: bool,
         attempt: int,
+        saved_step: int | None,
     ) -> None:
-        """hashes: `math_hash` and `exec_hash`. lock: the main process's, read again at every commit."""
-        self.run, self.procs, self.strategy, self.hashes, self.lock = run, procs, strategy, hashes, lock
-        self.keep, self.keep_every, self.asynchronous, self.attempt = keep, keep_every, asynchronous, attempt
+        """hashes: `math_hash` and `exec_hash`. lock: the main process's, read again at every commit. saved_step: the
+        step that was resumed from, if any: its checkpoint exists."""
+        self.run, self.procs, self.strategy, self.settings = run, procs, strategy, settings
+        self.hashes, self.lock, self.attempt, self.saved_step = hashes, lock, attempt, saved_step
         self._buffer: Any = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self.saved_step: int | None = None  # the last step handed to a writer
 
-    def save(self, step: int, counters: dict[str, Any], *, best_step: int | None, blocking: bool = False) -> None:
-        """Save the state after update `step`. Returns once the live state is copied (or, blocking, committed).
+    def save(self, step: int, counters: dict[str, Any]) -> None:
+        """Save the state after update `step`. Returns once the live state is copied (`asynchronous`) or committed.
 
-        counters: JSON numbers that belong to the run: samples, tokens, best value, patience count, loss scale.
+        counters: JSON values that belong to the run: samples, best value and its step, patience count, loss scale.
         """
+        if step == self.saved_step:
+            return
         self.wait()
         ranges, flat = self._copy()
-        names = {n: i for i, n in enumerate(self.strategy.shapes)}
-        header, table = _header(ranges, names)
+        header, table = _header(ranges, {n: i for i, n in enumerate(self.strategy.shapes)})
         temporary = self.run.checkpoints / f".step-{step:08d}.{self.attempt}.tmp"
-        plan = {"step": step, "counters": counters, "best_step": best_step}
-        self.saved_step = step
+        self.saved_step, counters = step, dict(counters)
         if self.procs.is_main:
             self.run.event("save", step=step, attempt=self.attempt)
 
@@ -104,15 +104,15 @@ class Checkpointer:
                 rundir.make_directory(temporary)
                 _write_file(temporary, self.procs.rank, header, flat, table)
                 if self.procs.is_main:
-                    self._commit(temporary, plan)
+                    self._commit(temporary, step, counters)
             except Exception as error:
                 self._error = error
-                if not self.procs.is_main:  # tell the main process, or it would wait for us
-                    _receipt(temporary, self.procs.rank, {"error": f"{type(error).__name__}: {error}"})
+                # Tell the main process, or it would wait for this rank.
+                _receipt(temporary, self.procs.rank, {"error": f"{type(error).__name__}: {error}"})
 
         self._thread = threading.Thread(target=write, name=f"save-{step}", daemon=True)
         self._thread.start()
-        if blocking or not self.asynchronous:
+        if not self.settings.asynchronous:
             self.wait()
 
     def wait(self) -> None:
@@ -121,10 +121,18 @@ class Checkpointer:
             self._thread.join()
             self._thread = None
 
-    def failure(self) -> Exception | None:
-        """The error of the last save, once; the checkpoints before it are untouched."""
+    def report(self, on_error: str) -> None:
+        """Say once that the last save failed (the checkpoints before it are untouched); raise, if that is to stop the run.
+
+        A lost lock always raises: another process owns the run by now.
+        """
         error, self._error = self._error, None
-        return error
+        if error is None:
+            return
+        if on_error == "stop" or isinstance(error, rundir.LockLost):
+            raise error
+        log.error("the save of step %s failed, older checkpoints stay: %s", self.saved_step, error)
+        self.run.event("save_failed", step=self.saved_step, attempt=self.attempt, error=str(error))
 
     def _copy(self) -> tuple[list[tuple[str, str, int, int]], np.ndarray]:
         """Ranges (name, kind, start, numel) and their values, one after the other, in a host buffer that is reused."""
@@ -143,8 +151,7 @@ class Checkpointer:
             torch.cuda.synchronize(self.procs.device)
         return [(n, k, s, t.numel()) for n, k, s, t in owned], self._buffer.numpy()
 
-    def _commit(self, temporary: Path, plan: dict[str, Any]) -> None:
-        step = plan["step"]
+    def _commit(self, temporary: Path, step: int, counters: dict[str, Any]) -> None:
         receipts = self._receipts(temporary)
         failed = {r: receipt["error"] for r, receipt in receipts.items() if "error" in receipt}
         if failed:
@@ -155,8 +162,7 @@ class Checkpointer:
             "step": step,
             "attempt": self.attempt,
             **self.hashes,
-            "counters": plan["counters"],
-            "best_step": plan["best_step"],
+            "counters": counters,
             "optimizer_steps": step,
             "tensors": [[n, list(shape)] for n, shape in self.strategy.shapes.items()],
             "aliases": self.strategy.aliases,
@@ -178,7 +184,7 @@ class Checkpointer:
         os.rename(temporary, final)
         rundir.sync_directory(self.run.checkpoints)
         self.run.event("commit", step=step, attempt=self.attempt)
-        self._rotate(plan["best_step"])
+        self._rotate(counters.get("best_step") if self.settings.keep_best else None)
 
     def _receipts(self, temporary: Path) -> dict[int, dict[str, Any]]:
         deadline = time.monotonic() + PEER_TIMEOUT_S
@@ -198,9 +204,10 @@ class Checkpointer:
     def _rotate(self, best_step: int | None) -> None:
         """Only after the commit: keep the newest, the best, and every n-th."""
         steps = sorted(committed(self.run))
-        kept = set(steps[-self.keep :]) | {best_step}
+        every = self.settings.keep_every
+        kept = set(steps[-self.settings.keep :]) | {best_step}
         for step in steps:
-            if step not in kept and not (self.keep_every and step % self.keep_every == 0):
+            if step not in kept and not (every and step % every == 0):
                 _discard(self.run.checkpoint(step))
         for stale in self.run.checkpoints.glob(".*"):  # of saves that were killed, and of discards
             if stale.suffix in (".tmp", ".gone"):
@@ -366,7 +373,7 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
         return
     wanted: int | None
     if which == "best":
-        wanted = next((Reader(run.checkpoint(s)).manifest["best_step"] for s in reversed(steps)), None)
+        wanted = next((Reader(run.checkpoint(s)).manifest["counters"]["best_step"] for s in reversed(steps)), None)
     else:
         wanted = int(which)
     if wanted not in steps:

@@ -10,23 +10,22 @@ Does not own: the order (`order.py`), or which steps a checkpoint committed.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train import rundir
+
+if TYPE_CHECKING:
+    from train.order import Order
 
 MASK63 = (1 << 63) - 1
 
 
-def line(step: int, *, first: int, last: int, digest: int, sources: list[int], ranks: int, attempt: int,
-         skipped: bool = False) -> dict[str, Any]:  # fmt: skip
-    """One completed step. first, last: positions, inclusive; digest: int64 sum of keys; sources: samples of each."""
-    record = {"step": step, "first": first, "last": last, "digest": digest & MASK63, "sources": sources, "ranks": ranks,
-              "attempt": attempt}  # fmt: skip
-    return {**record, "skipped": True} if skipped else record
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    rundir.append_line(path, record)
+def append(path: Path, step: int, order: Order, *, digest: int, ranks: int, attempt: int, skipped: bool) -> None:
+    """A line for the completed step `step`. digest: int64 sum of the keys that went into the model, over all ranks."""
+    positions = order.positions(step - 1)
+    record = {"step": step, "first": positions[0], "last": positions[-1], "digest": digest & MASK63,
+              "sources": order.counts(step - 1), "ranks": ranks, "attempt": attempt}  # fmt: skip
+    rundir.append_line(path, {**record, "skipped": True} if skipped else record)
 
 
 def effective(records: list[dict[str, Any]], resumed: dict[int, int]) -> dict[int, dict[str, Any]]:
@@ -46,7 +45,7 @@ def effective(records: list[dict[str, Any]], resumed: dict[int, int]) -> dict[in
     return truth
 
 
-def check(records: list[dict[str, Any]], resumed: dict[int, int], order: Any, last_step: int) -> list[str]:
+def check(records: list[dict[str, Any]], resumed: dict[int, int], order: Order, last_step: int) -> list[str]:
     """What is wrong with the ledger up to `last_step`, step by step; empty when every sample was used exactly once.
 
     order: an `order.Order` of the run. A step's line must exist, own exactly the positions of the step, and carry the

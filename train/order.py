@@ -90,6 +90,10 @@ class Order:
         """The samples of 0-based `step`, all ranks together."""
         return self.at(self.positions(step))
 
+    def counts(self, step: int) -> list[int]:
+        """How many of the samples of 0-based `step` come from each source."""
+        return np.bincount(self.ids(step).source, minlength=len(self.sizes)).tolist()
+
     def at(self, positions: range) -> Samples:
         """The samples at these positions."""
         position = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)

@@ -230,7 +230,8 @@ def _neutralise_environment(name: str) -> None:
 # Strategy
 # --------------------------------------------------------------------------------------------------------------------
 
-Values = Callable[[str], Tensor]  # parameter name -> its whole initial value, fp32 on the CPU
+Values = Callable[[str], Tensor | None]  # parameter name -> its whole initial value on the CPU; None: is in place
+Buffers = Callable[[nn.Module], None]  # computes every buffer of a module that has memory
 MakeOptimizer = Callable[[dict[str, Any]], "Optimizer"]  # trainable parameters by name -> optimizer over them
 Read = Callable[[str, str, int, int], Tensor]  # (name, kind, start, numel) -> flat fp32 values from a checkpoint
 
@@ -258,7 +259,9 @@ class Strategy:
 
     # -- wrapping
 
-    def prepare(self, module: nn.Module, values: Values, blocks: list[nn.Module], make_optimizer: MakeOptimizer) -> None:
+    def prepare(
+        self, module: nn.Module, values: Values, buffers: Buffers, blocks: list[nn.Module], make_optimizer: MakeOptimizer
+    ) -> None:
         """Place, fill and wrap `module` (on the meta device where it has no weights yet), then build the optimizer.
 
         blocks: the repeated layers, for activation checkpointing, compilation and sharding.
@@ -271,7 +274,7 @@ class Strategy:
         every = self.cfg.strategy.activation_checkpointing
         for block in blocks[::every] if every else []:
             checkpoint_activations(block)
-        self.wrap(values, blocks)
+        self.wrap(values, buffers, blocks)
         if self.cfg.strategy.compile:
             for block in blocks:  # by block: one small graph is compiled, not one per layer
                 block.compile()
@@ -279,7 +282,7 @@ class Strategy:
         if self.cfg.optim.ema is not None:
             self.ema = {n: t.clone() for n, kind, _, t in self._masters() if kind == "master"}
 
-    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
+    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
         raise NotImplementedError
 
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
@@ -532,25 +535,31 @@ def precision_of(cfg: Config, device: torch.device) -> str:
     return "fp32"
 
 
-def materialise(module: nn.Module, values: Values, device: torch.device) -> None:
-    """Give every parameter that is on the meta device memory on `device` and its value; move the others."""
-    aliases: dict[int, nn.Parameter] = {}
-    for owner_name, owner in module.named_modules():
+def materialise(module: nn.Module, device: torch.device, values: Values, buffers: Callable[[nn.Module], None]) -> None:
+    """Give everything that is on the meta device memory on `device` and its value; move what has one already.
+
+    values(name) is None for a parameter that is in place (a 4-bit weight). Tied parameters stay tied.
+    """
+    placed: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
         for leaf, p in list(owner._parameters.items()):
             if p is None:
                 continue
-            if id(p) not in aliases:
-                if p.is_meta:
-                    name = f"{owner_name}.{leaf}" if owner_name else leaf
-                    filled = nn.Parameter(values(name).to(device, p.dtype).view(p.shape), requires_grad=p.requires_grad)
-                else:
-                    filled = p
-                    filled.data = p.data.to(device)
-                aliases[id(p)] = filled
-            owner._parameters[leaf] = aliases[id(p)]  # tied weights stay tied
+            if id(p) not in placed:
+                fresh = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) if p.is_meta else p
+                if not p.is_meta:
+                    fresh.data = p.data.to(device)
+                placed[id(p)] = fresh
+            owner._parameters[leaf] = placed[id(p)]
         for leaf, buffer in list(owner._buffers.items()):
             if buffer is not None:
-                owner._buffers[leaf] = buffer.to(device)
+                owner._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
+    buffers(module)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            value = values(name)
+            if value is not None:
+                p.copy_(value)
 
 
 def checkpoint_activations(block: nn.Module) -> None:

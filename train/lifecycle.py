@@ -1,0 +1,241 @@
+"""The two ends of a run: from a command to an open run directory, and from the last step to its result.
+
+Owns: the request that came with the command, preparing on the main process, admission, lock and attempt, the frozen
+config, the table of what was asked and what is in force, `result.json`, and what a person reads at the end or at a failure.
+
+Does not own: the run in between (`main.py`), the files themselves (`rundir.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from train import config, data, describe, rundir
+from train.config import Config
+from train.rundir import RunDir
+
+if TYPE_CHECKING:
+    from train.data import Prepared
+    from train.strategy import Processes
+
+log = logging.getLogger(__name__)
+
+LAUNCHED = "GEARSHIFT_ATTEMPT_TOKEN"
+"""Set by `gearshift` and the batch script for the ranks they start: they have cleared left-over requests themselves."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command said besides the config."""
+
+    step: str | int = "last"
+    """Which checkpoint to go on from: `last`, `best` or a step."""
+    accept: bool = False
+    """Go on although what is learned changes."""
+
+
+@dataclass
+class Opened:
+    """An open run, as every rank sees it. The lock is the main process's alone."""
+
+    run: RunDir
+    cfg: Config
+    attempt: int
+    hashes: dict[str, str]
+    finished: bool = False
+    lock: rundir.Lock | None = None
+
+
+_opened: Opened | None = None
+"""The run of this process, for `fail`; a process runs one."""
+
+
+def prepare(cfg: Config, procs: Processes) -> Prepared:
+    """Prepared data on every rank: made by the main process first, then found by the others."""
+    if not procs.is_main:
+        procs.from_main(lambda: None)
+        return data.prepare(cfg, lambda _: None)
+
+    def first() -> None:
+        data.prepare(cfg, lambda text: print(text, flush=True))
+
+    procs.from_main(first)
+    return data.prepare(cfg, lambda _: None)
+
+
+def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes) -> Opened:
+    """Admit the command to its run directory, own it, and freeze what will run. Collective.
+
+    Raises RunError where the directory belongs to another experiment or another live process.
+    """
+    from train.strategy import Mismatch, precision_of
+
+    locks: list[rundir.Lock] = []
+
+    def on_main() -> dict[str, Any]:
+        run = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
+        identity = rundir.admit(cfg, run, prepared.fingerprints, accept=request.accept)
+        result = run.result() or {}
+        opened = {"path": str(run.path), "math_hash": identity.math_hash, "exec_hash": identity.exec_hash}
+        if result.get("status") == "finished" and not identity.changes:
+            print(describe.show_result(run), flush=True)
+            return {**opened, "finished": True, "attempt": result["attempt"], "precision": identity.precision}
+        run.create()
+        lock = rundir.Lock.acquire(run, say=lambda text: print(text, flush=True))
+        locks.append(lock)
+        if LAUNCHED not in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+            _clear_stale_requests(run)
+        word = replace(cfg, train=replace(cfg.train, precision=identity.precision))
+        identity = replace(identity, precision=precision_of(word, procs.device))
+        rundir.freeze(cfg, run, identity, lock.attempt)
+        rundir.atomic_write(run.env, rundir.to_json(describe.env_info(), indent=2))
+        run.write_result("running", lock.attempt, math_hash=identity.math_hash, exec_hash=identity.exec_hash)
+        return {**opened, "finished": False, "attempt": lock.attempt, "precision": identity.precision}
+
+    answer = procs.from_main(on_main)
+    if len(set(procs.gather(config.exec_hash(cfg)))) > 1:
+        raise Mismatch("the ranks were started with different configs")
+    settled = replace(cfg, train=replace(cfg.train, precision=answer["precision"]))
+    global _opened
+    _opened = Opened(
+        RunDir(answer["path"]),
+        settled,
+        answer["attempt"],
+        {"math_hash": answer["math_hash"], "exec_hash": answer["exec_hash"]},
+        answer["finished"],
+        locks[0] if locks else None,
+    )
+    return _opened
+
+
+def _clear_stale_requests(run: RunDir) -> None:
+    """Take away a STOP that is older than this process: it was meant for an earlier command."""
+    import psutil
+
+    born = psutil.Process().create_time()
+    if run.stop.exists() and run.stop.stat().st_mtime < born:
+        run.clear_requests()
+
+
+def counters() -> dict[str, Any]:
+    """What a run counts besides its step; saved with every checkpoint, so plain JSON numbers."""
+    return {"samples": 0, "targets": 0, "skipped": 0, "wall_s": 0.0, "best": None, "best_step": None, "bad_evals": 0}
+
+
+def judge(counters: dict[str, Any], value: float | None, step: int, *, higher: bool) -> bool:
+    """Note an evaluation's objective; whether it is the best so far."""
+    if value is None:
+        return False
+    best = counters["best"]
+    improved = best is None or (value > best if higher else value < best)
+    if improved:
+        counters.update(best=value, best_step=step, bad_evals=0)
+    else:
+        counters["bad_evals"] += 1
+    return improved
+
+
+def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str, Any], *, step: int, total_steps: int,
+             parameters: tuple[int, int], saved: Any) -> None:  # fmt: skip
+    """Say on the main process what is about to run, asked beside got."""
+    run, G = opened.run, cfg.train.global_batch_size
+    opened.run.event("start" if saved is None else "resume", attempt=opened.attempt, step=step,
+                     exec_hash=opened.hashes["exec_hash"], world_size=in_force["world_size"])  # fmt: skip
+    trained, total = parameters
+    unit = f" x {cfg.data.seq_len} tokens" if cfg.task.name == "causal_lm" else ""
+    lines = [
+        f"run {run.path.name}  attempt {opened.attempt}  math {opened.hashes['math_hash'][:8]}  exec {opened.hashes['exec_hash'][:8]}",
+        f"  model      {cfg.model.path or cfg.model.name}: {trained:,} trained of {total:,} parameters",
+        f"  data       {', '.join(f'{n:,}' for n in prepared.info['train_samples'])} samples, "
+        f"{prepared.info['val_samples']:,} for validation",
+        f"  step       {G} samples{unit} = micro-batch {in_force['micro_batch_size']} x "
+        f"{in_force['gradient_accumulation_steps']} accumulated x {in_force['world_size']} ranks",
+        f"  asked      strategy={cfg.strategy.name} offload={cfg.strategy.offload} precision={cfg.train.precision} numerics={cfg.numerics}",
+        "  in force   " + " ".join(f"{k}={v}" for k, v in in_force.items() if v is not None),
+        f"  duration   {total_steps:,} steps" + (f", from step {step:,}" if step else ""),
+    ]
+    if cfg.numerics == "exact":
+        lines.append("  exact      one forward per sample and gradients summed along one tree: expect 1.2 to 2 times the time of a step")
+    print("\n".join(lines), flush=True)
+
+
+def conclude(opened: Opened, procs: Processes, prepared: Prepared, *, status: str, reason: str | None, step: int,
+             counters: dict[str, Any], in_force: dict[str, Any], metric: str, evaluation: dict[str, float],
+             measured: dict[str, Any], state_hash: str | None, tracker: Any) -> None:  # fmt: skip
+    """Write `result.json`, which is trusted before any exit code, and show it. Every rank calls; the main process acts."""
+    if not procs.is_main:
+        return
+    run, tokens = opened.run, None
+    if opened.cfg.task.name == "causal_lm":
+        tokens = counters["samples"] * opened.cfg.data.seq_len
+    tracker.close({"status": status, "objective": counters["best"], **evaluation})
+    run.event("stop" if status == "stopped" else "end", attempt=opened.attempt, step=step, status=status, reason=reason)
+    run.write_result(
+        status,
+        opened.attempt,
+        reason=reason,
+        objective=counters["best"],
+        metric=metric,
+        steps=step,
+        samples=counters["samples"],
+        tokens=tokens,
+        wall_s=round(counters["wall_s"], 3),
+        **opened.hashes,
+        state_hash=state_hash,
+        engine=in_force,
+        predicted={},
+        measured=measured,
+        eval=evaluation,
+        baselines=prepared.info.get("baselines", {}),
+        sample=_last_sample(run),
+    )
+    if opened.lock is not None:
+        opened.lock.release()
+    print("\n" + describe.show_result(run), flush=True)
+
+
+def _last_sample(run: RunDir) -> str | None:
+    """The newest text that the model wrote, for the end of the run."""
+    texts = sorted(run.samples.glob("step-*/*.txt"))
+    return texts[-1].read_text(errors="replace")[:2000] if texts else None
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """(exit code, reason for `result.json`) of what ended a run, after telling it. Only the unexpected gets a traceback."""
+    from train import checkpoint, models, strategy
+
+    if isinstance(error, strategy.MainFailed):  # the main process tells it
+        return 1, "main process failed"
+    if isinstance(error, data.DataError | models.ModelError):
+        code, reason = rundir.EXIT_CONFIG, "bad_config"
+    elif isinstance(error, rundir.RunError):
+        code, reason = error.code, str(error).splitlines()[0]
+    elif isinstance(error, strategy.Mismatch):
+        code, reason = 1, f"asked and got differ: {error}"
+    elif isinstance(error, strategy.NonFinite):
+        code, reason = 1, f"non-finite: {error}"
+    elif isinstance(error, checkpoint.CheckpointError | OSError):
+        code, reason = 1, f"{type(error).__name__}: {error}"
+    elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        code, reason = rundir.EXIT_MEMORY, "out_of_memory"
+    else:
+        log.exception("the run failed")
+        return 1, f"{type(error).__name__}: {error}"[:500]
+    log.error("%s", error if code == rundir.EXIT_CONFIG else reason)
+    return code, reason
+
+
+def fail(reason: str) -> None:
+    """Write down that this process's run failed, if it owns one."""
+    if _opened is None or _opened.lock is None:
+        return
+    try:
+        _opened.lock.check()
+        _opened.run.event("end", attempt=_opened.attempt, status="failed", reason=reason)
+        _opened.run.write_result("failed", _opened.attempt, reason=reason, **_opened.hashes)
+        _opened.lock.release()
+    except (rundir.LockLost, OSError) as error:
+        log.error("the failure could not be written down: %s", error)
