@@ -118,6 +118,7 @@ def test_quotas_are_exact_in_every_block(sources: list[tuple[int, float]], seed:
     samples = order.at(range(block * order.block, (block + 1) * order.block))
     counts = np.bincount(samples.source, minlength=len(sizes))
     assert tuple(counts) == order.quotas
+    assert order.counts(block) == np.bincount(order.ids(block).source, minlength=len(sizes)).tolist()
     for count, share in zip(counts, shares):
         assert abs(count - order.block * share / sum(shares)) <= min(1, 0.011 * order.block * share / sum(shares))
     assert (np.diff(samples.source) != 0).sum() > 0 or max(counts) == order.block  # mixed, not one after the other

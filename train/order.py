@@ -92,21 +92,24 @@ class Order:
 
     def counts(self, step: int) -> list[int]:
         """How many of the samples of 0-based `step` come from each source."""
-        return np.bincount(self.ids(step).source, minlength=len(self.sizes)).tolist()
+        return np.bincount(self._uses(self.positions(step))[0], minlength=len(self.sizes)).tolist()
 
     def at(self, positions: range) -> Samples:
         """The samples at these positions."""
-        position = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-        if len(self.sizes) == 1:
-            source, nth = np.zeros_like(position), position
-        else:
-            block, offset = np.divmod(position, self.block)
-            slot = permute(offset, self.block, _mix(self.seed, _BLOCK, block))
-            source = np.searchsorted(self._starts, slot, side="right") - 1
-            nth = block * self._quotas[source] + slot - self._starts[source]
+        source, nth = self._uses(positions)
         size = self._sizes[source]
         epoch, index = np.divmod(nth, size)
         return Samples(source, permute(index, size, _mix(self.seed, _EPOCH, source, epoch)), epoch)
+
+    def _uses(self, positions: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The source at each position, and how many samples of that source come before it in the run."""
+        position = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
+        if len(self.sizes) == 1:
+            return np.zeros_like(position), position
+        block, offset = np.divmod(position, self.block)
+        slot = permute(offset, self.block, _mix(self.seed, _BLOCK, block))
+        source = np.searchsorted(self._starts, slot, side="right") - 1
+        return source, block * self._quotas[source] + slot - self._starts[source]
 
 
 def rank_slice(global_batch_size: int, rank: int, world_size: int) -> slice:
