@@ -98,7 +98,7 @@ def run(cfg: object, step: str, *, accept: bool) -> int:
 
 def show_if_finished(cfg: object) -> int:
     """The result of a finished run, without torch."""
-    from train import config, data, rundir
+    from train import config, data, describe, rundir
 
     try:
         prepared = data.prepare(cfg, lambda _: None)
@@ -108,7 +108,7 @@ def show_if_finished(cfg: object) -> int:
         rundir.admit(cfg, found, prepared.fingerprints)
     except (data.DataError, rundir.RunError):
         return 1  # the run itself will say what is wrong
-    print(rundir.show_result(found))
+    print(describe.show_result(found))
     return 0
 
 
