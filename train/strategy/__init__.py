@@ -422,12 +422,15 @@ class Strategy:
         """
         with torch.no_grad():
             for name, kind, start, tensor in self.held():
-                source = kind if kind in kinds else "master"
-                tensor.copy_(read(name, source, start, tensor.numel()).to(tensor.device))
+                self.put(name, kind, tensor, read(name, kind if kind in kinds else "master", start, tensor.numel()))
         self.loaded(step)
         wrong = {n: c for n, c in self.counters().items() if c != step}
         if wrong:
             raise Mismatch(f"after loading step {step}, the optimizer counts {wrong}")
+
+    def put(self, name: str, kind: str, live: Tensor, value: Tensor) -> None:
+        """Write one range of state. live: what `held` gave for it."""
+        live.copy_(value)
 
     def loaded(self, step: int) -> None:
         """Set counters; rebuild compute weights from masters."""
@@ -455,7 +458,7 @@ class Strategy:
     def _swap_ema(self, masters: dict[str, Tensor]) -> None:
         for name, average in self.ema.items():
             kept = masters[name].clone()
-            masters[name].copy_(average.view(-1))
+            self.put(name, "master", masters[name], average.view(-1))
             average.view(-1).copy_(kept)
         if self.ema:
             self.refresh()

@@ -1,0 +1,317 @@
+"""DeepSpeed ZeRO stages 1, 2 and 3, with optimizer state on the device, in host memory or on NVMe.
+
+Owns: DeepSpeed's settings, built from the config with nothing left to "auto" or to a default that changes the result; the
+engine through Accelerate; and the private names of DeepSpeed behind which masters and moments lie (every one is asserted
+in `tests/test_seams.py`).
+
+Traps that this file closes: `Accelerator(cpu=True)` would drop DeepSpeed and train DDP; without the gloo handler every
+rank believes it is rank 0 of 1; a missing `gradient_clipping` clips at 1.0; Accelerate's `backward` also steps; masters
+are made from rounded bf16 weights; compute weights are copies of the masters even in fp32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.strategy import DTYPES, Buffers, MakeOptimizer, Mismatch, NonFinite, Strategy, Values, materialise, set_lr
+
+
+class Zero(Strategy):
+    """DeepSpeed. It averages gradients over ranks, which `scale` undoes; `scale_wrt_gas=False` keeps it from dividing
+    by the accumulation steps as well."""
+
+    replicated = False
+
+    @property
+    def stage(self) -> int:
+        return int(self.name[-1])
+
+    # -- wrapping
+
+    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
+        """Place the weights. The engine needs the optimizer, so it is built in `build_optimizer`."""
+        self._accelerator()
+        self.values = values
+        if self.stage < 3:
+            materialise(self.module, self.procs.device, values, buffers)
+        else:
+            self._partition(values, buffers)
+        if self.precision != "fp32":
+            self.module.register_forward_pre_hook(self._cast, with_kwargs=True)
+
+    def _accelerator(self) -> None:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        cpu = self.procs.device.type == "cpu"
+        if cpu:
+            os.environ["DS_ACCELERATOR"] = "cpu"
+        for key, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+            os.environ.setdefault(key, str(value))  # DeepSpeed reads them on one process too
+        from accelerate import Accelerator
+        from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
+
+        handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+        self.plugin = DeepSpeedPlugin(hf_ds_config=self.settings())
+        self.accelerator = Accelerator(
+            mixed_precision="no" if self.precision == "fp32" else self.precision,
+            deepspeed_plugin=self.plugin,
+            kwargs_handlers=handlers,
+        )
+        if self.accelerator.num_processes != self.procs.world_size:
+            raise Mismatch(f"Accelerate sees {self.accelerator.num_processes} processes, not {self.procs.world_size}")
+
+    def settings(self) -> dict[str, Any]:
+        """DeepSpeed's config, every value explicit."""
+        s, ranks = self.cfg.strategy, self.procs.world_size
+        steps = -(-(-(-self.cfg.train.global_batch_size // ranks)) // self.micro_batch_size)
+        bucket = max(1, int(s.bucket_mb * 2**20) // 4)  # elements
+        zero: dict[str, Any] = {
+            "stage": self.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": self.procs.device.type == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "reduce_scatter": True,
+            "round_robin_gradients": False,
+        }
+        if self.stage == 3:
+            zero.update(
+                stage3_prefetch_bucket_size=bucket,
+                stage3_param_persistence_threshold=s.persistence_threshold,
+                stage3_max_live_parameters=int(1e9),
+                stage3_max_reuse_distance=int(1e9),
+                sub_group_size=int(1e9),
+            )
+        if s.offload != "none":
+            target: dict[str, Any] = {"device": s.offload, "pin_memory": self.procs.device.type == "cuda"}
+            if s.offload == "nvme":
+                where = Path(self.cfg.hardware.nvme_path or self.cfg.run.root) / "nvme"
+                where.mkdir(parents=True, exist_ok=True)
+                target["nvme_path"] = str(where)
+            zero["offload_optimizer"] = dict(target)
+            if s.offload_parameters:
+                zero["offload_param"] = dict(target)
+        return {
+            "train_micro_batch_size_per_gpu": self.micro_batch_size,
+            "gradient_accumulation_steps": steps,
+            "train_batch_size": self.micro_batch_size * steps * ranks,
+            "gradient_clipping": self.cfg.optim.clip or 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": self.precision == "bf16", "check_grad_overflow": True},
+            "fp16": {"enabled": self.precision == "fp16", "loss_scale": 0},
+            "steps_per_print": 2**31,
+            "wall_clock_breakdown": False,
+        }
+
+    def _partition(self, values: Values, buffers: Buffers) -> None:
+        """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
+        from deepspeed.runtime.zero import Init
+
+        context = Init(
+            config_dict_or_path=self.settings(),
+            dtype=torch.float32 if self.precision == "fp32" else DTYPES[self.precision],
+            remote_device="cpu" if self.procs.device.type == "cpu" else None,
+        )
+        placed: dict[int, nn.Parameter] = {}
+        names = {id(p): n for n, p in self.module.named_parameters()}
+        for owner in self.module.modules():
+            for leaf, buffer in list(owner._buffers.items()):
+                if buffer is not None:
+                    fresh = torch.empty_like(buffer, device=self.procs.device) if buffer.is_meta else buffer
+                    owner._buffers[leaf] = fresh.to(self.procs.device)
+        self._buffers_by_module(buffers)
+        for owner in self.module.modules():
+            for leaf, p in list(owner._parameters.items()):
+                if p is None:
+                    continue
+                if id(p) not in placed:
+                    value = values(names[id(p)])
+                    assert value is not None  # 4-bit weights are refused under ZeRO by the config
+                    fresh_p = nn.Parameter(value.to(self.procs.device, p.dtype).clone().view(p.shape), p.requires_grad)
+                    context._convert_to_zero_parameters([fresh_p])
+                    placed[id(p)] = fresh_p
+                owner._parameters[leaf] = placed[id(p)]
+
+    def _buffers_by_module(self, buffers: Buffers) -> None:
+        with torch.no_grad():
+            buffers(self.module)
+
+    def _cast(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """The engine computes in low precision without autocast, so floating inputs come in that precision."""
+        dtype = DTYPES[self.precision]
+
+        def cast(x: Any) -> Any:
+            return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+        return tuple(cast(a) for a in args), {k: cast(v) for k, v in kwargs.items()}
+
+    def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
+        optimizer = make_optimizer(self.trainable())
+        self.engine, prepared = self.accelerator.prepare(self.module, optimizer)
+        self.model, self.zero = self.engine, self.engine.optimizer
+        self.optimizer = self.zero
+        if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
+            self.load(lambda n, k, s, c: self._initial(n, k, s, c), 0, ["master", *self.kinds()[1:]])
+        del self.values
+
+    def _initial(self, name: str, kind: str, start: int, count: int) -> Tensor:
+        value = self.values(name) if kind == "master" else None
+        return torch.zeros(count) if value is None else value.reshape(-1)[start : start + count].float()
+
+    # -- one step
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()  # the engine's weights are in the run's precision
+
+    @contextlib.contextmanager
+    def micro_step(self, *, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: Tensor) -> None:
+        self._loss = loss.detach() if self._loss is None else self._loss + loss.detach()
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> Tensor | None:
+        """DeepSpeed clips by its own config, and leaves the state alone when the norm that all ranks share is not finite."""
+        set_lr(self.zero, lr)
+        self.engine.step()
+        if self.zero.overflow:
+            if self.cfg.train.nonfinite == "skip":
+                return None
+            raise NonFinite("gradient norm is not finite")
+        self.update_ema()
+        return torch.as_tensor(float(self.engine.get_global_grad_norm()))
+
+    # -- owned ranges
+
+    def held(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        self._make_state()
+        for name, p in self.trainable().items():
+            found = self._range(p)
+            if found is None:
+                continue
+            start, count = found
+            for kind in self.kinds():
+                yield name, kind, start, self._get(p, kind, count)
+            if name in self.ema:
+                yield name, "ema", start, self.ema[name]
+
+    def _masters(self) -> Iterator[tuple[str, str, int, Tensor]]:
+        for name, p in self.trainable().items():
+            found = self._range(p)
+            if found is not None:
+                yield name, "master", found[0], self._get(p, "master", found[1])
+
+    def _range(self, p: Any) -> tuple[int, int] | None:
+        """(start, count) of what this rank owns of `p`; None where it owns nothing."""
+        if self.stage < 3:
+            mapping = p._hp_mapping
+            return None if mapping is None else (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+        piece = p.partition_numel()
+        start = piece * self.procs.rank
+        count = min(piece, p.ds_numel - start)
+        return (start, count) if count > 0 else None
+
+    def _get(self, p: Any, kind: str, count: int) -> Tensor:
+        if self.stage < 3:
+            mapping = p._hp_mapping
+            found = mapping.get_hp_fragment() if kind == "master" else mapping.get_optim_state_fragment(kind)
+            return found.view(-1)
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        found = safe_get_local_fp32_param(p) if kind == "master" else safe_get_local_optimizer_state(p, kind)
+        return found.view(-1)[:count]  # the last rank's piece is padded
+
+    def put(self, name: str, kind: str, live: Tensor, value: Tensor) -> None:
+        if self.stage < 3 or kind == "ema":
+            live.copy_(value)
+            return
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        p: Any = self.trainable()[name]
+        padded = torch.zeros(p.partition_numel())
+        padded[: value.numel()] = value
+        if kind == "master":
+            safe_set_local_fp32_param(p, padded)
+        else:
+            safe_set_local_optimizer_state(p, padded, kind)
+
+    def _flat(self) -> list[Tensor]:
+        """The flat fp32 tensors that the inner optimizer steps."""
+        return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
+
+    def _make_state(self) -> None:
+        """The inner optimizer is lazy: before the first step its state is nowhere."""
+        inner = self.zero.optimizer
+        if all(f in inner.state and inner.state[f] for f in self._flat() if f.numel()):
+            return
+        for flat in self._flat():
+            inner.state[flat] = {"step": self._count(0), **{k: torch.zeros_like(flat) for k in self.kinds()[1:]}}
+        if self.stage < 3:
+            self.zero._hp_optimizer_states_linked = False
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _count(self, step: int) -> Any:
+        return step if type(self.zero.optimizer).__name__ == "DeepSpeedCPUAdam" else torch.tensor(float(step))
+
+    def loaded(self, step: int) -> None:
+        for flat in self._flat():
+            if "step" in self.zero.optimizer.state[flat]:
+                self.zero.optimizer.state[flat]["step"] = self._count(step)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute weights are copies of the masters, in fp32 too."""
+        if self.stage < 3:
+            self.zero.update_lp_params()
+            return
+        for i, flat in enumerate(self.zero.fp32_partitioned_groups_flat):
+            if self.zero.fp16_partitioned_groups_flat[i] is not None:
+                self.zero.fp16_partitioned_groups_flat[i].data.copy_(flat.data)
+                self.zero._unflatten_partitioned_parameters(i)
+        if self.zero.persistent_parameters:
+            self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def counters(self) -> dict[str, int]:
+        states = [self.zero.optimizer.state[f] for f in self._flat()]
+        return {f"group {i}": int(state["step"]) for i, state in enumerate(states) if "step" in state}
+
+    # -- asked and got
+
+    def in_force(self) -> dict[str, Any]:
+        stage = self.engine.zero_optimization_stage()
+        offload = self.engine.zero_offload_optimizer()
+        device = str(getattr(offload.device, "value", offload.device)) if offload is not None else "none"
+        sizes = [p.ds_tensor.numel() * p.ds_tensor.element_size() if stage == 3 else p.numel() * p.element_size()
+                 for p in self.module.parameters()]  # fmt: skip
+        return {
+            **super().in_force(),
+            "world_size": self.engine.dp_world_size,
+            "zero_stage": stage,
+            "offload": device,
+            "gradient_accumulation_steps": self.engine.gradient_accumulation_steps(),
+            "micro_batch_size": self.engine.train_micro_batch_size_per_gpu(),
+            "clip": self.engine.gradient_clipping() or None,
+            "optimizer_class": f"{type(self.zero).__name__}({type(self.zero.optimizer).__name__})",
+            "local_bytes": sum(sizes),
+        }
+
+    def name_in_force(self) -> str:
+        if type(self.model).__name__ != "DeepSpeedEngine":
+            return type(self.model).__name__
+        return f"zero{self.engine.zero_optimization_stage()}"
+
+    def close(self) -> None:
+        self.accelerator.free_memory()
