@@ -69,7 +69,7 @@ class Processes:
     local_rank: int
     world_size: int
     device: torch.device
-    backend: str | None  # of the default process group; None without one
+    owns_group: bool = False  # made the process group, and so destroys it
 
     @property
     def is_main(self) -> bool:
@@ -129,7 +129,7 @@ class Processes:
 
     def close(self) -> None:
         """Leave the group. Skipping it aborts a finished process now and then at exit."""
-        if dist.is_initialized():
+        if self.owns_group:
             dist.destroy_process_group()
 
 
@@ -178,14 +178,14 @@ def start(cfg: Config) -> Processes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    backend = None
-    if world_size > 1 or name != "single":
+    owns_group = (world_size > 1 or name != "single") and not dist.is_initialized()
+    if owns_group:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=max(cfg.run.startup_timeout_s, cfg.run.step_timeout_s))
         dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout)
-        if dist.get_world_size() != world_size:  # the silent disaster: N ranks, each training alone
-            raise Mismatch(f"the launcher started {world_size} processes, but the group has {dist.get_world_size()}")
-    return Processes(rank, local_rank, world_size, device, backend)
+    if dist.is_initialized() and dist.get_world_size() != world_size:  # the silent disaster: each rank training alone
+        raise Mismatch(f"the launcher started {world_size} processes, but the group has {dist.get_world_size()}")
+    return Processes(rank, local_rank, world_size, device, owns_group)
 
 
 def resolve(cfg: Config, world_size: int) -> str:
