@@ -70,19 +70,12 @@ def _unet(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
     return vision.unet(cfg, info)
 
 
-def _pretrained(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import pretrained
-
-    return pretrained.build(cfg, info)
-
-
 MODELS: dict[str, Builder] = {
     "llama": _llama,
     "gpt2": _gpt2,
     "vit": _vit,
     "convnet": _convnet,
     "unet": _unet,
-    "pretrained": _pretrained,
 }
 """Name of a model -> a function of (config, what `prepare` counted) that builds it."""
 
@@ -94,23 +87,26 @@ def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
     trained are fp32, frozen ones have the run's precision. Their values come from `initial_values`, one at a time;
     `initialise` sets all of them. Raises ModelError.
     """
-    name = "pretrained" if cfg.model.path else cfg.model.name
-    if name not in MODELS:
-        raise ModelError(f"model.name={name}: unknown model. Known: {', '.join(MODELS)}.")
-    with _parameters_on_meta():
-        model = MODELS[name](cfg, info)
-        _refuse_attention_dropout(model)
-        if cfg.peft.name != "none":
-            from train.models import pretrained
+    from train.models import pretrained
 
+    if cfg.model.path is not None:
+        model = pretrained.build(cfg, info)
+    elif cfg.model.name in MODELS:
+        with parameters_on_meta():
+            model = MODELS[cfg.model.name](cfg, info)
+    else:
+        raise ModelError(f"model.name={cfg.model.name}: unknown without model.path. Known: {', '.join(MODELS)}.")
+    _refuse_attention_dropout(model)
+    with parameters_on_meta():
+        if cfg.peft.name != "none":
             model = pretrained.adapt(model, cfg)
-        _key_dropout(model)
+    _key_dropout(model)
     return model.train()
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, a parameter is on meta from the moment it belongs to a module; buffers are left to compute themselves."""
+def parameters_on_meta() -> Iterator[None]:
+    """Inside, a parameter is on meta from the moment it belongs to a module; buffers compute themselves as ever."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if type(parameter) is not nn.Parameter or parameter.is_meta:
@@ -259,8 +255,8 @@ class KeyedDropout(nn.Module):
 
     Input: a float tensor whose leading dimension is the samples of the batch given to `keyed`. Elements are zeroed
     with probability `p` and the others scaled by 1/(1-p), in training only. The mask spans the first `axes` dimensions
-    and is shared over the rest: 1 drops whole samples of a residual branch (stochastic depth), 2 whole channels of an
-    image, None single elements. Used in training outside `keyed` it raises RuntimeError.
+    and is shared over the rest: 2 drops whole channels of an image, None single elements. Used in training outside
+    `keyed` it raises RuntimeError.
     """
 
     def __init__(self, p: float, axes: int | None = None) -> None:
@@ -325,8 +321,6 @@ def _key_dropout(model: nn.Module) -> None:
             module = KeyedDropout(module.p)
         elif isinstance(module, nn.Dropout1d | nn.Dropout2d | nn.Dropout3d):
             module = KeyedDropout(module.p, axes=2)
-        elif type(module).__name__.endswith("DropPath"):  # transformers' vision models each have their own class
-            module = KeyedDropout(getattr(module, "drop_prob", None) or 0.0, axes=1)
         if isinstance(module, KeyedDropout):
             module.key, module.salt = key, _hash64(name) & _MASK32
             parent, _, leaf = name.rpartition(".")

@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 
 
 def llama(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    """`LlamaForCausalLM` of `cfg.model`. Raises ModelError for dimensions that do not go together."""
+    """`LlamaForCausalLM` of `cfg.model`. Raises ModelError for a vocabulary that is too small."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     m = cfg.model
-    _check_heads(cfg)
     config = LlamaConfig(
         vocab_size=_vocab_size(cfg, info),
         hidden_size=m.hidden_size,
@@ -35,7 +34,7 @@ def llama(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
         num_hidden_layers=m.num_layers,
         num_attention_heads=m.num_heads,
         num_key_value_heads=m.num_kv_heads or m.num_heads,
-        max_position_embeddings=_positions(cfg),
+        max_position_embeddings=m.max_position_embeddings or cfg.data.seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": m.rope_theta},
         rms_norm_eps=m.norm_eps,
         tie_word_embeddings=m.tie_embeddings,
@@ -54,20 +53,17 @@ def llama(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
 
 
 def gpt2(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    """`GPT2LMHeadModel` of `cfg.model`. Raises ModelError for dimensions that do not go together."""
+    """`GPT2LMHeadModel` of `cfg.model`. Raises ModelError for a vocabulary that is too small."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     m = cfg.model
-    _check_heads(cfg)
-    if m.num_kv_heads not in (None, m.num_heads):
-        raise ModelError("model.num_kv_heads: GPT-2 has as many as model.num_heads. Leave it null, or use model=llama.")
     config = GPT2Config(
         vocab_size=_vocab_size(cfg, info),
         n_embd=m.hidden_size,
         n_inner=m.intermediate_size,
         n_layer=m.num_layers,
         n_head=m.num_heads,
-        n_positions=_positions(cfg),
+        n_positions=m.max_position_embeddings or cfg.data.seq_len,
         layer_norm_epsilon=m.norm_eps,
         resid_pdrop=m.dropout,
         embd_pdrop=m.dropout,
@@ -96,24 +92,6 @@ def _vocab_size(cfg: Config, info: Mapping[str, Any]) -> int:
             "Leave model.vocab_size null, or set at least that."
         )
     return cfg.model.vocab_size
-
-
-def _positions(cfg: Config) -> int:
-    longest = cfg.model.max_position_embeddings or cfg.data.seq_len
-    if longest < cfg.data.seq_len:
-        raise ModelError(
-            f"model.max_position_embeddings={longest}, but rows have data.seq_len={cfg.data.seq_len} tokens. "
-            "Lower data.seq_len, or leave model.max_position_embeddings null."
-        )
-    return longest
-
-
-def _check_heads(cfg: Config) -> None:
-    m = cfg.model
-    if m.hidden_size % m.num_heads:
-        raise ModelError(f"model.hidden_size={m.hidden_size} is no multiple of model.num_heads={m.num_heads}.")
-    if m.num_kv_heads and m.num_heads % m.num_kv_heads:
-        raise ModelError(f"model.num_heads={m.num_heads} is no multiple of model.num_kv_heads={m.num_kv_heads}.")
 
 
 def _round_up(value: float, multiple: int = 64) -> int:
