@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from train import describe, rundir
+from train import config, describe, rundir
 from train.rundir import Held, Lock, LockLost, RunDir, RunError
 
 SPAWN = multiprocessing.get_context("spawn")
@@ -45,6 +46,7 @@ def test_atomic_write_killed_at_any_instant_leaves_old_or_new(tmp_path: Path) ->
     path = tmp_path / "result.json"
     code = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from train.rundir import atomic_write
 path, n = Path(sys.argv[1]), 0
@@ -475,3 +477,70 @@ def test_the_result_as_text(run: RunDir, monkeypatch) -> None:
     run.write_result("failed", 2, reason="out_of_memory")
     assert "failed (out_of_memory)" in describe.show_result(run)
     assert "rank-0.log" in describe.show_result(run)
+
+
+# ---------------------------------------------------------------------------------------- a command against its run
+
+DATA = {"data": "d" * 64}
+
+
+def begin(run: RunDir, *overrides: str, precision: str = "fp32") -> None:
+    """What the first attempt leaves, `auto` having become `precision`."""
+    cfg = config.compose(overrides)
+    rundir.freeze(cfg, run, replace(rundir.admit(cfg, run, DATA), precision=precision), attempt=1)
+
+
+def test_where_how_and_watched_may_change_and_what_may_not(run: RunDir) -> None:
+    begin(run, "train.max_steps=100")
+    same = config.compose(
+        ["train.max_steps=100", "hardware=gpu_24gb", "strategy=ddp", "numerics=exact", "eval.every=5", "run.stop_at=3"]
+    )
+    assert rundir.admit(same, run, DATA).changes == ()
+    other = config.compose(["train.max_steps=200", "optim.betas=[0.9,0.99]"])
+    with pytest.raises(RunError) as caught:
+        rundir.admit(other, run, DATA)
+    assert caught.value.code == 2
+    message = str(caught.value)
+    assert "train.max_steps: 100 -> 200" in message
+    assert f"gearshift resume {run.path} 'optim.betas=[0.9,0.99]' train.max_steps=200 --accept" in message
+
+
+def test_the_accepting_line_is_accepted_and_leaves_an_event(run: RunDir) -> None:
+    begin(run, "train.max_steps=100")
+    cfg = config.load(run.path, ["train.max_steps=200"])
+    identity = rundir.admit(cfg, run, DATA, accept=True)
+    assert identity.changes == ("train.max_steps: 100 -> 200",)
+    rundir.freeze(cfg, run, identity, attempt=2)
+    (event,) = rundir.read_jsonl(run.events)
+    assert (event["kind"], event["attempt"], event["changes"]) == ("math_changed", 2, ["train.max_steps: 100 -> 200"])
+    assert rundir.admit(config.load(run.path), run, DATA).changes == ()
+
+
+def test_other_content_under_the_same_path_is_another_experiment(run: RunDir) -> None:
+    begin(run)
+    with pytest.raises(RunError, match=r"content.data: d+ -> e+\n.*gearshift resume \S+ --accept"):
+        rundir.admit(config.compose([]), run, {"data": "e" * 64})
+
+
+def test_auto_precision_is_hashed_as_written_and_kept_as_resolved(run: RunDir) -> None:
+    begin(run, precision="bf16")
+    frozen = config.load(run.path)
+    assert frozen.train.precision == "bf16"
+    written = config.math_hash(config.compose([]), DATA)
+    for cfg in (frozen, config.compose([]), config.compose(["train.precision=bf16"])):
+        identity = rundir.admit(cfg, run, DATA)
+        assert (identity.math_hash, identity.precision) == (written, "bf16")
+    with pytest.raises(RunError, match=r"train\.precision: auto -> fp32"):
+        rundir.admit(config.compose(["train.precision=fp32"]), run, DATA)
+
+
+def test_a_precision_that_was_named_is_not_auto(run: RunDir) -> None:
+    begin(run, "train.precision=fp32")
+    with pytest.raises(RunError, match=r"train\.precision: fp32 -> auto"):
+        rundir.admit(config.compose([]), run, DATA)
+
+
+def test_the_frozen_config_names_its_own_directory(run: RunDir) -> None:
+    begin(run)
+    frozen = config.load(run.path)
+    assert rundir.resolve(frozen, "whatever").path == run.path

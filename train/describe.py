@@ -20,7 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from train.rundir import RunDir
+from train.rundir import RunDir, alive, holder, last_record
+from train.rundir import describe as describe_owner
 
 _SECRET = r"(?:token|secret|passwd|password|passphrase|api_?key|credential|private_?key)(?!s\b|iz)"
 """Part of the name of a secret; `tokenizer` and `max_tokens` are none."""
@@ -65,6 +66,43 @@ def show_result(run: RunDir) -> str:
     if result.get("sample"):
         lines += ["", str(result["sample"]).rstrip()]
     return "\n".join([*lines, "", *_next_steps(run, result)])
+
+
+def standing(run: RunDir) -> dict[str, Any]:
+    """How a run stands at this moment, for `gearshift status`: the result, the newest step, and whether it lives.
+
+    `state` is the result's status; or `died`, where an attempt is on record as running but its process is gone; or
+    `new`, where nothing has run yet.
+    """
+    result, owner = run.result(), holder(run)
+    state = result["status"] if result else "new"
+    if state == "running" and alive(owner) is False:
+        state = "died"
+    last = last_record(run.metrics) or {}
+    newest = {key: last.get(key) for key in ("step", "loss", "tokens_per_s", "samples_per_s")}
+    return {
+        "run": str(run.path),
+        "state": state,
+        "owner": owner and describe_owner(owner),
+        "newest": newest,
+        "result": result,
+    }
+
+
+def standing_text(row: dict[str, Any]) -> list[str]:
+    """One line of `gearshift status`, in columns."""
+    result, newest = row["result"] or {}, row["newest"]
+    step = newest["step"] if newest["step"] is not None else result.get("steps")
+    total = f"/{result['total_steps']}" if result.get("total_steps") else ""
+    return [
+        f"{_shown(Path(row['run'])):<40}",
+        f"{row['state']:<9}",
+        "" if step is None else f"step {step}{total}",
+        "" if newest["loss"] is None else f"loss {newest['loss']:.4f}",
+        "" if result.get("objective") is None else f"best {result['objective']:.4f}",
+        row["owner"] if row["state"] == "running" else "",
+        result.get("reason") or "",
+    ]
 
 
 def _next_steps(run: RunDir, result: dict[str, Any]) -> list[str]:

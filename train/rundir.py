@@ -18,6 +18,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import socket
 import threading
 import time
@@ -25,9 +26,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from train import config
+from train.compose import leaves, shown
 from train.config import Config
 
 DIRECTORY_MODE = 0o750
@@ -162,6 +164,16 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def last_record(path: Path, window: int = 65536) -> dict[str, Any] | None:
+    """The newest whole record, reading only the file's end; `None` if there is none."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - window))
+        for line in reversed(file.read().split(b"\n")[:-1]):
+            with suppress(ValueError):
+                return json.loads(line)
+    return None
+
+
 def _cut_torn_end(path: Path) -> None:
     """Cut what a killed writer, or a power cut that left zeros, put after the last whole record."""
     try:
@@ -256,7 +268,7 @@ class RunDir:
             return None
 
     def clear_requests(self) -> None:
-        """Remove left-over STOP and SAVE. Only for whoever starts the ranks, before it does."""
+        """Remove left-over STOP and SAVE. Only for whoever starts the ranks, while none run."""
         self.stop.unlink(missing_ok=True)
         self.save.unlink(missing_ok=True)
 
@@ -324,10 +336,17 @@ def admit(cfg: Config, run: RunDir, fingerprints: dict[str, str], *, accept: boo
     raise RunError(
         f"{run.path} is another experiment: resuming it with this command would change what is learned.\n"
         + "".join(f"  {change}\n" for change in changes)
-        + f"To go on all the same:  gearshift resume {run.path} {_overrides(changes)}--accept\n"
+        + f"To go on all the same:  gearshift resume {run.path} {_overrides(stored['math'], math_now)}--accept\n"
         + "To leave that run alone, give this one a name of its own:  run.name=...",
         EXIT_CONFIG,
     )
+
+
+def write_config(cfg: Config, run: RunDir, identity: Identity) -> None:
+    """Write `config.yaml`, under the run's name and with the precision that is in force."""
+    named = replace(cfg.run, name=run.path.name, root=str(run.path.parent))
+    frozen = replace(cfg, run=named, train=replace(cfg.train, precision=cast(Any, identity.precision)))
+    atomic_write(run.config, config.to_yaml(frozen))
 
 
 def freeze(cfg: Config, run: RunDir, identity: Identity, attempt: int) -> None:
@@ -335,8 +354,7 @@ def freeze(cfg: Config, run: RunDir, identity: Identity, attempt: int) -> None:
 
     `identity.precision` must be resolved by now: it is what `config.yaml` gets, and what every later attempt keeps.
     """
-    cfg = replace(cfg, train=replace(cfg.train, precision=identity.precision))
-    atomic_write(run.config, config.to_yaml(cfg))
+    write_config(cfg, run, identity)
     record = {key: getattr(identity, key) for key in ("math_hash", "exec_hash", "precision", "math")}
     atomic_write(run.identity, to_json(record, indent=2) + "\n")
     if identity.changes:
@@ -352,10 +370,17 @@ def _stored_identity(run: RunDir) -> dict[str, Any] | None:
         raise RunError(f"{run.identity} is not JSON. Without it a resume cannot be checked: restore it.") from None
 
 
-def _overrides(changes: list[str]) -> str:
-    """The changes that are settings, as overrides; a changed fingerprint is none."""
-    pairs = (re.fullmatch(r"(\w+(?:\.\w+)*): .* -> (\S+)", change) for change in changes)
-    return "".join(f"{pair[1]}={pair[2]} " for pair in pairs if pair and not re.fullmatch(r"[0-9a-f]{64}", pair[2]))
+def _overrides(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """The differences that are settings, as overrides for a shell; changed content is none."""
+    before, after = ({key: _at(math, key) for key in leaves(Config)} for math in (old, new))
+    changed = [key for key in after if before[key] != after[key]]
+    return "".join(shlex.quote(f"{key}={shown(after[key])}") + " " for key in changed)
+
+
+def _at(nested: Any, key: str) -> Any:
+    for name in key.split("."):
+        nested = nested.get(name) if isinstance(nested, dict) else None
+    return nested
 
 
 # --------------------------------------------------------------------------------------------------------------- lock
@@ -457,10 +482,10 @@ def wait_until_free(
     said = False
     while True:
         owner = holder(run)
-        alive = _alive(owner)
-        if owner is None or alive is False:
+        living = alive(owner)
+        if owner is None or living is False:
             return
-        if alive or owner != first:
+        if living or owner != first:
             raise Held(
                 f"{run.path} is in use by {describe(owner)}.\n"
                 f"Wait for it, stop it (`touch {run.stop}`), or give this run another name: run.name=..."
@@ -484,7 +509,7 @@ def describe(owner: dict[str, Any]) -> str:
     return f"attempt {owner.get('attempt')} (process {owner.get('pid')} on {owner.get('host')}{job})"
 
 
-def _alive(owner: dict[str, Any] | None) -> bool | None:
+def alive(owner: dict[str, Any] | None) -> bool | None:
     """True or False where it can be known at once, `None` where only a heartbeat can tell."""
     if owner is None or owner.get("released"):
         return False

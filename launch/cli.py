@@ -1,0 +1,242 @@
+"""The `gearshift` command: its verbs, their options, and their exit codes.
+
+Owns: what a verb does in which order, what it prints, and how an error ends (a message on stderr, never a traceback,
+and a code of the contract). A verb imports what it needs when it is called: `--help`, a config error and `status` never
+import torch.
+
+Does not own: processes (`local.py`), settings (`train/config.py`), files (`train/rundir.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.data import Prepared
+    from train.rundir import RunDir
+
+app = typer.Typer(
+    name="gearshift",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Train on one GPU or a cluster with one script. Settings are Hydra overrides, such as "
+    "experiment=lm_stdlib hardware=cpu optim.lr=1e-3; docs/config.md lists them all.",
+    epilog="Exit codes of run and resume: 0 finished, 2 bad config, 3 does not fit, 12 out of memory, "
+    "75 stopped and saved, 1 anything else.",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, e.g. optim.lr=1e-3", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run directory")]
+Plugin = Annotated[
+    str | None, typer.Option(envvar="GEARSHIFT_PLUGIN", help="A package that adds models, sources or tasks")
+]
+ConfigDir = Annotated[str | None, typer.Option(help="A directory of more config groups")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show config, hashes, command and environment; start nothing")]
+Json = Annotated[bool, typer.Option("--json", help="For programs")]
+
+
+def main() -> None:
+    """Entry point of the `gearshift` script."""
+    app()
+
+
+def verb(function: Callable[..., int]) -> Callable[..., None]:
+    """Register a verb: its return value is the exit code; an error that a user can mend is told in its own words."""
+
+    @functools.wraps(function)
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        from train.compose import ConfigError
+        from train.data import DataError
+        from train.rundir import EXIT_CONFIG, EXIT_FAILED, RunError
+
+        try:
+            code = function(*args, **kwargs)
+        except (ConfigError, DataError) as error:
+            code = complain(error, EXIT_CONFIG)
+        except RunError as error:
+            code = complain(error, error.code)
+        except KeyboardInterrupt:
+            code = complain("interrupted", EXIT_FAILED)
+        raise typer.Exit(code)
+
+    app.command()(guarded)
+    return guarded
+
+
+def say(text: object) -> None:
+    """A line about what is happening; stdout is for what was asked for."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def complain(error: object, code: int) -> int:
+    say(error)
+    return code
+
+
+# ------------------------------------------------------------------------------------------------------------- verbs
+
+
+@verb
+def run(
+    overrides: Overrides = None,
+    multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep over comma-separated values")] = False,
+    dry_run: DryRun = False,
+    plugin: Plugin = None,
+    config_dir: ConfigDir = None,
+) -> int:
+    """Prepare, freeze and start a run, or go on with it; a finished run shows its result."""
+    from train import config
+
+    if multirun:
+        raise config.ConfigError(["--multirun: this version has no sweeps; start each run with its own overrides."])
+    _importable_from_here(plugin)
+    cfg = config.compose(overrides or [], config_dir=config_dir, plugin=plugin)
+    return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run)
+
+
+@verb
+def resume(
+    run: RunPath,
+    overrides: Overrides = None,
+    step: Annotated[str, typer.Option(help="best, last, or a number: the checkpoint to go on from")] = "last",
+    accept: Annotated[bool, typer.Option("--accept", help="Go on although what is learned changes")] = False,
+    dry_run: DryRun = False,
+    plugin: Plugin = None,
+) -> int:
+    """Go on from a run's frozen config; where, how, paths and what is watched may change."""
+    from dataclasses import replace
+
+    from train import config
+
+    if step not in ("best", "last") and not step.isdecimal():
+        raise config.ConfigError([f"--step {step}: must be best, last or the number of a step."])
+    overrides = overrides or []
+    directory = _existing(run)
+    _importable_from_here(plugin)
+    if plugin is not None:
+        config.import_plugin(plugin)
+    cfg = config.load(directory.path, overrides)
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    limits: dict[str, Any] = {key: None for key in ("stop_at", "max_time") if f"run.{key}" not in given}
+    limits |= {"name": directory.path.name, "root": str(directory.path.parent)}  # wherever it was copied to
+    cfg = replace(cfg, run=replace(cfg.run, **limits))
+    arguments = ["--step", step] + (["--accept"] if accept else []) + (["--plugin", plugin] if plugin else [])
+    return _start(cfg, arguments, accept=accept, again=step != "last", dry_run=dry_run)
+
+
+@verb
+def prepare(overrides: Overrides = None, plugin: Plugin = None, config_dir: ConfigDir = None) -> int:
+    """Fetch, tokenise, pack and fingerprint the data, and show three samples as the model will see them. No GPU."""
+    from train import config, data
+
+    _importable_from_here(plugin)
+    cfg = config.compose(overrides or [], config_dir=config_dir, plugin=plugin)
+    prepared = _prepared(cfg)
+    for sample in data.show(prepared, cfg):
+        print(sample, end="\n\n")
+    for name, value in {**prepared.info, **prepared.fingerprints}.items():
+        print(f"{name:<20} {value}")
+    print(f"{'in':<20} {prepared.directory}")
+    return 0
+
+
+@verb
+def status(
+    path: Annotated[Path, typer.Argument(metavar="[RUN|ROOT]", help="A run directory, or a directory of them")] = Path(
+        "runs"
+    ),
+    as_json: Json = False,
+) -> int:
+    """How a run stands, or every run below a directory."""
+    from train import describe, rundir
+
+    one = rundir.RunDir(path)
+    found = [one] if _is_run(one.path) else sorted(_runs(one.path), key=lambda run: run.path)
+    if not found:
+        return complain(f"{path}: no run directory, and none below it. `gearshift run` starts one.", 1)
+    rows = [describe.standing(run) for run in found]
+    if as_json:
+        print(rundir.to_json(rows[0] if found == [one] else rows, indent=2))
+    elif found == [one] and rows[0]["state"] != "running":
+        print(describe.show_result(one))
+    else:
+        for row in rows:
+            print("  ".join(text for text in describe.standing_text(row) if text))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------- what verbs share
+
+
+def _start(
+    cfg: Config, arguments: list[str], *, accept: bool = False, again: bool = False, dry_run: bool = False
+) -> int:
+    """From a config to the end of its run. `again`: go on from an earlier step, though the run may be finished."""
+    from launch import local
+    from train import config, describe, rundir
+
+    if cfg.slurm.name != "none":
+        raise config.ConfigError([f"slurm={cfg.slurm.name}: this version starts runs on this machine; use slurm=none."])
+    if problems := config.missing_inputs(cfg):
+        raise config.ConfigError(problems)
+    prepared = _prepared(cfg)
+    run = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
+    identity = rundir.admit(cfg, run, prepared.fingerprints, accept=accept)
+    if (run.result() or {}).get("status") == "finished" and not identity.changes and not again:
+        print(describe.show_result(run))
+        return rundir.EXIT_FINISHED
+    started = local.launch(cfg, run, ["--config", str(run.config), *arguments])
+    if dry_run:
+        print(config.to_yaml(cfg), end="")
+        print(f"\n# math_hash {identity.math_hash}\n# exec_hash {identity.exec_hash}\n# run       {run.path}")
+        print("\n".join(f"# change    {change}" for change in identity.changes), end="\n" if identity.changes else "")
+        print(started)
+        return 0
+    rundir.wait_until_free(run, say=say)
+    run.create()
+    rundir.write_config(cfg, run, identity)
+    return local.supervise(started, run, say)
+
+
+def _prepared(cfg: Config) -> Prepared:
+    from train import data
+
+    return data.prepare(cfg, say)
+
+
+def _importable_from_here(plugin: str | None) -> None:
+    """A plug-in may lie in the current directory, which the `gearshift` script does not search by itself."""
+    if plugin is not None and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+
+
+def _existing(path: Path) -> RunDir:
+    from train.rundir import EXIT_CONFIG, RunDir, RunError
+
+    if not _is_run(path):
+        raise RunError(
+            f"{path} is not a run directory: it has no config.yaml. `gearshift status` lists runs.", EXIT_CONFIG
+        )
+    return RunDir(path)
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file()
+
+
+def _runs(root: Path) -> list[RunDir]:
+    """Run directories in `root` and in its sweeps."""
+    from train.rundir import RunDir
+
+    return [RunDir(file.parent) for pattern in ("*", "*/*") for file in root.glob(f"{pattern}/config.yaml")]

@@ -1,0 +1,256 @@
+"""A run on this machine: one `accelerate launch` with explicit flags, watched until it has ended.
+
+Owns: how many processes there are and with how many threads; the command line and the environment of the ranks; what
+happens on a signal (STOP is written, the run saves and leaves), when the launcher or a rank dies, and that nothing is
+left running; the exit code.
+
+Does not own: what is run and where it is kept (`cli.py`), the training (`train`), batch systems (`slurm.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from train import rundir
+from train.config import Config, ConfigError
+from train.rundir import RunDir
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+ACCELERATE_CONFIG = Path(__file__).with_name("accelerate.yaml")
+
+SHUTDOWN_S = 120
+"""What ranks get to save and leave once their launcher is told to end, or is gone."""
+STRAGGLER_S = 5
+"""What helper processes of a run that has ended get, such as a tracker's."""
+
+_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+_INHERITED = ("ACCELERATE_", "FSDP_", "PET_", "TORCHELASTIC_", "MEGATRON_LM_")
+_RANK = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "ROLE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What is started: a command, and how its environment differs from this process's."""
+
+    command: list[str]
+    environment: dict[str, str]
+    restarts: int = 0
+    """Starts after the first that this process may make itself, because no elastic agent does."""
+
+    def __str__(self) -> str:
+        """As a shell would take it."""
+        return shlex.join(
+            ["env", *(f"{key}={value}" for key, value in sorted(self.environment.items())), *self.command]
+        )
+
+    def full_environment(self) -> dict[str, str]:
+        """This process's environment without settings of other launches, and with ours."""
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED) and k not in _RANK}
+        return {**kept, **self.environment}
+
+
+# --------------------------------------------------------------------------------------------------- what is started
+
+
+def launch(cfg: Config, run: RunDir, arguments: list[str], *, module: str = "train") -> Launch:
+    """The `accelerate launch` of `cfg` on this machine; `arguments` go to the training script.
+
+    Raises ConfigError if this machine has not the devices that `cfg.hardware` names.
+    """
+    processes = world_size(cfg)
+    threads = max(1, cores() // processes)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
+    command += ["--num_machines", "1", "--machine_rank", "0", "--num_processes", str(processes)]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
+    if processes > 1:  # on a CPU too: `--cpu --num_processes N` starts one process, this flag means torchrun
+        command += ["--multi_gpu", "--main_process_port", "0", "--max_restarts", str(cfg.run.max_restarts)]
+    command += ["--module", module, *arguments]
+    environment = {
+        "GEARSHIFT_ATTEMPT_TOKEN": str(run.last_attempt() + 1),
+        "OMP_NUM_THREADS": str(threads),
+        "PET_SIGNALS_TO_HANDLE": ",".join(s.name for s in _SIGNALS),
+        # `train` means ours, whatever lies in the current directory, which stays importable for plug-ins.
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
+    }
+    return Launch(command, environment, cfg.run.max_restarts if processes == 1 else 0)
+
+
+def world_size(cfg: Config) -> int:
+    """Processes to start: `hardware.devices_per_node`, else all GPUs, else one. Raises ConfigError."""
+    hardware, samples = cfg.hardware, cfg.train.global_batch_size
+    present = 0 if hardware.device in ("cpu", "mps") else gpus()
+    wanted = hardware.devices_per_node or present or 1
+    problems = []
+    if hardware.nodes != "1":
+        problems.append(
+            f"hardware.nodes={hardware.nodes}: this machine is one; add slurm=cluster, or hardware.nodes=1."
+        )
+    if hardware.device == "cuda" and not present:
+        problems.append(f"hardware={hardware.name}: needs CUDA devices, and there are none here; use hardware=cpu.")
+    elif present and wanted > present:
+        problems.append(f"hardware.devices_per_node={wanted}: this machine has {present}; set it to at most that.")
+    if wanted > samples:
+        problems.append(
+            f"train.global_batch_size={samples}: {wanted} processes need a sample each; set "
+            f"hardware.devices_per_node={samples}, or a larger batch."
+        )
+    if problems:
+        raise ConfigError(problems)
+    return wanted
+
+
+def gpus() -> int:
+    """NVIDIA devices that a process started here would see; without torch."""
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+        present = sum(line.startswith("GPU ") for line in listing.splitlines())
+    except (OSError, subprocess.SubprocessError):
+        present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return present
+    names = [name.strip() for name in visible.split(",")]
+    ends = [i for i, name in enumerate(names) if name in ("", "-1")]  # CUDA ignores what follows an invalid one
+    return min(present, ends[0] if ends else len(names))
+
+
+def cores() -> int:
+    """Cores that this process may use: affinity, and the quota of its control group."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+# ------------------------------------------------------------------------------------------------------- supervision
+
+
+def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
+    """Start the ranks, wait for them, leave nothing running, and return the contract's exit code.
+
+    SIGTERM, SIGINT, SIGUSR1 and SIGHUP write STOP and wait; a second SIGINT a second or more later kills at once.
+    `result.json` of an attempt that started here is trusted before any exit code.
+    """
+    before = run.last_attempt()
+    known = {child.pid for child in _children()}
+    run.clear_requests()
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned ranks become children of this process and can be found
+    starts_left = 1 + launch.restarts
+    with _answering_signals(run, known, say):
+        while True:
+            starts_left -= 1
+            child = subprocess.Popen(
+                launch.command, env=launch.full_environment(), start_new_session=True, preexec_fn=_end_with_parent()
+            )
+            code = child.wait()
+            result = run.result()
+            ours = result is not None and result["attempt"] > before
+            final = code == 0 or (ours and result is not None and result["status"] != "running")
+            _wait_for_rest(known, STRAGGLER_S if final else SHUTDOWN_S)
+            result = run.result()
+            ours = result is not None and result["attempt"] > before
+            died = code != 0 and (not ours or (result is not None and result["status"] == "running"))
+            if not died or not starts_left or run.stop_reason():
+                break
+            say(f"The run died (exit code {code}); starting it again, {starts_left} start(s) left.")
+    run.clear_requests()
+    if result is not None and ours and result["status"] == "running":  # nobody is left who could say how it ended
+        reason = f"the ranks died (exit code {code})"
+        run.write_result("failed", **{**result, "reason": reason, "status": None})
+        result = run.result()
+    if ours or (code == 0 and (result or {}).get("status") == "finished"):
+        return rundir.exit_code(result)
+    return rundir.EXIT_FAILED
+
+
+@contextmanager
+def _answering_signals(run: RunDir, known: set[int], say: Callable[[str], None]) -> Iterator[None]:
+    interrupted_at = 0.0
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted_at
+        if number == signal.SIGINT:
+            if interrupted_at and time.monotonic() - interrupted_at >= 1:
+                say("Leaving at once; the last checkpoint stays.")
+                _kill(known)
+                return
+            interrupted_at = interrupted_at or time.monotonic()
+        if run.stop_reason() is None:
+            run.ask_to_stop(f"signal {signal.Signals(number).name}")
+            say("Stopping: the run saves after this step and leaves. Ctrl-C again leaves at once.")
+
+    wanted = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup stays nohup
+    former = {number: signal.signal(number, answer) for number in wanted}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _children() -> list:
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+def _kill(known: set[int]) -> None:
+    """SIGKILL to everything below this process that was not there before."""
+    import psutil
+
+    for child in _children():
+        if child.pid not in known:
+            with suppress(psutil.Error):
+                child.kill()
+
+
+def _wait_for_rest(known: set[int], patience_s: float) -> None:
+    """Wait for processes that outlive their launcher (ranks that save, helpers that flush), then kill them."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        if all(child.pid in known for child in _children()):
+            return
+        if time.monotonic() >= deadline:
+            _kill(known)
+        time.sleep(0.05)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """For Popen: the child gets SIGTERM when this process dies, however it dies (Linux)."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)  # loaded here: after a fork as little as possible may happen
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) and None
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(option, value)
