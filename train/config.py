@@ -736,11 +736,12 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None, plugin: 
 
 
 def load(run_dir: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The frozen `config.yaml` of a run directory, with overrides: single values, or options of where, how and watched.
+    """The frozen `config.yaml` of a run directory (or that file), with overrides: single values, or options of where, how and watched.
 
     The file is read as plain data and need not be trusted. Raises ConfigError, which holds everything that is wrong.
     """
-    path = Path(run_dir) / "config.yaml"
+    path = Path(run_dir)
+    path = path / "config.yaml" if path.is_dir() else path
     data = read_yaml(path)
     options = find_options([CONF])
     asked = request(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
