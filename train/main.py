@@ -38,8 +38,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     # ------------------------------------------------------------------------------------------------- Task and model
     task = tasks.TASKS[cfg.task.name](cfg, prepared)
     metric = cfg.eval.metric or task.objective
-    with torch.device("meta"):  # nothing is allocated until the strategy has said where
-        model = task.build_model()
+    model = task.build_model()  # parameters on the meta device: nothing is allocated until the strategy says where
 
     # ----------------------------------------------------------------------------------------------------------- Data
     train_sets, val_set = data.open_datasets(prepared, cfg)
@@ -51,7 +50,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     engine = strategy.build(cfg, procs, cfg.train.precision)
     values, blocks = models.initial_values(model, cfg.seed), models.blocks(model)
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
-    engine.prepare(model, values, models.materialise_buffers, blocks,
+    engine.prepare(model, values, blocks,
                    lambda named: optim.build(named, cfg, device_type=procs.device.type))  # fmt: skip
     in_force = engine.check()  # read from the live objects and compared with what was asked; a difference ends here
     loader = Loader(train_sets, sequence, rank=procs.rank, world_size=procs.world_size, seed=cfg.seed,

@@ -140,12 +140,12 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 # ---- Starting values -------------------------------------------------------------------------------------------------
 
-Values = Callable[[str], Tensor]
-"""Name of a parameter -> its whole starting value, fp32 on the CPU."""
+Values = Callable[[str], Tensor | None]
+"""Name of a parameter -> its whole starting value, fp32 on the CPU, or None where it is in place (4-bit weights)."""
 
 
 def initial_values(model: nn.Module, seed: int) -> Values:
-    """What each meta parameter of `model` starts from, made when it is asked for and kept nowhere.
+    """What each parameter of `model` starts from, made when it is asked for and kept nowhere.
 
     Call it before a strategy shards the model: it notes the whole shapes. A parameter that `model.starting_weights`
     (set by `pretrained.py`) brings is read from there; any other is drawn from a generator seeded by (seed, name):
@@ -158,7 +158,8 @@ def initial_values(model: nn.Module, seed: int) -> Values:
 
     Asking for a parameter that no rule covers raises ModelError.
     """
-    brought: Callable[[str], Tensor | None] = getattr(model, "starting_weights", None) or (lambda name: None)
+    brought: Values = getattr(model, "starting_weights", None) or (lambda name: None)
+    in_place = {name for name, parameter in model.named_parameters() if not parameter.is_meta}
     config = getattr(model, "config", None)
     owners = {
         f"{prefix}.{leaf}" if prefix else leaf: (module, leaf, parameter.shape)
@@ -166,7 +167,9 @@ def initial_values(model: nn.Module, seed: int) -> Values:
         for leaf, parameter in module.named_parameters(recurse=False)
     }
 
-    def value(name: str) -> Tensor:
+    def value(name: str) -> Tensor | None:
+        if name in in_place:
+            return None
         weights = brought(name)
         if weights is not None:
             return weights
@@ -184,10 +187,12 @@ def initialise(model: nn.Module, seed: int) -> nn.Module:
     filled: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.is_meta and id(parameter) not in filled:
-                value = values(f"{prefix}.{leaf}" if prefix else leaf).to(parameter.dtype)
-                filled[id(parameter)] = nn.Parameter(value, requires_grad=parameter.requires_grad)
-            module._parameters[leaf] = filled.get(id(parameter), parameter)
+            if id(parameter) not in filled:
+                value = values(f"{prefix}.{leaf}" if prefix else leaf)
+                filled[id(parameter)] = (
+                    parameter if value is None else nn.Parameter(value.to(parameter.dtype), parameter.requires_grad)
+                )
+            module._parameters[leaf] = filled[id(parameter)]
     return model
 
 

@@ -231,7 +231,6 @@ def _neutralise_environment(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 Values = Callable[[str], Tensor | None]  # parameter name -> its whole initial value on the CPU; None: is in place
-Buffers = Callable[[nn.Module], None]  # computes every buffer of a module that has memory
 MakeOptimizer = Callable[[dict[str, Any]], "Optimizer"]  # trainable parameters by name -> optimizer over them
 Read = Callable[[str, str, int, int], Tensor]  # (name, kind, start, numel) -> flat fp32 values from a checkpoint
 
@@ -259,9 +258,7 @@ class Strategy:
 
     # -- wrapping
 
-    def prepare(
-        self, module: nn.Module, values: Values, buffers: Buffers, blocks: list[nn.Module], make_optimizer: MakeOptimizer
-    ) -> None:
+    def prepare(self, module: nn.Module, values: Values, blocks: list[nn.Module], make_optimizer: MakeOptimizer) -> None:
         """Place, fill and wrap `module` (on the meta device where it has no weights yet), then build the optimizer.
 
         blocks: the repeated layers, for activation checkpointing, compilation and sharding.
@@ -274,7 +271,7 @@ class Strategy:
         every = self.cfg.strategy.activation_checkpointing
         for block in blocks[::every] if every else []:
             checkpoint_activations(block)
-        self.wrap(values, buffers, blocks)
+        self.wrap(values, blocks)
         if self.cfg.strategy.compile:
             for block in blocks:  # by block: one small graph is compiled, not one per layer
                 block.compile()
@@ -282,7 +279,7 @@ class Strategy:
         if self.cfg.optim.ema is not None:
             self.ema = {n: t.clone() for n, kind, _, t in self._masters() if kind == "master"}
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         raise NotImplementedError
 
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
@@ -538,7 +535,7 @@ def precision_of(cfg: Config, device: torch.device) -> str:
     return "fp32"
 
 
-def materialise(module: nn.Module, device: torch.device, values: Values, buffers: Callable[[nn.Module], None]) -> None:
+def materialise(module: nn.Module, device: torch.device, values: Values) -> None:
     """Give everything that is on the meta device memory on `device` and its value; move what has one already.
 
     values(name) is None for a parameter that is in place (a 4-bit weight). Tied parameters stay tied.
@@ -550,14 +547,15 @@ def materialise(module: nn.Module, device: torch.device, values: Values, buffers
                 continue
             if id(p) not in placed:
                 fresh = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) if p.is_meta else p
-                if not p.is_meta:
+                if hasattr(p, "quant_state"):
+                    fresh = p.to(device)  # 4 bits, with the scales that belong to them
+                elif not p.is_meta:
                     fresh.data = p.data.to(device)
                 placed[id(p)] = fresh
             owner._parameters[leaf] = placed[id(p)]
         for leaf, buffer in list(owner._buffers.items()):
             if buffer is not None:
-                owner._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-    buffers(module)
+                owner._buffers[leaf] = buffer.to(device)
     with torch.no_grad():
         for name, p in module.named_parameters():
             value = values(name)

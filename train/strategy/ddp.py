@@ -12,17 +12,17 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from train.strategy import Buffers, Mismatch, Strategy, Values, materialise
+from train.strategy import Mismatch, Strategy, Values, materialise
 
 
 class DDP(Strategy):
     """DistributedDataParallel. It averages gradients over ranks, which `scale` undoes."""
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         from accelerate import Accelerator
         from accelerate.utils import DistributedDataParallelKwargs
 
-        materialise(self.module, self.procs.device, values, buffers)
+        materialise(self.module, self.procs.device, values)
         options = DistributedDataParallelKwargs(
             bucket_cap_mb=self.cfg.strategy.bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
         )

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from train.strategy import Buffers, Strategy, Values, materialise
+from train.strategy import Strategy, Values, materialise
 
 
 class Tree:
@@ -74,8 +74,8 @@ class Exact(Strategy):
     def _reset(self) -> None:
         self.tree, self.leaf = Tree(), self.slices[self.procs.rank][0]
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
-        materialise(self.module, self.procs.device, values, buffers)
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
+        materialise(self.module, self.procs.device, values)
         self.model = self.module
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.strategy import DTYPES, Buffers, Strategy, Values
+from train.strategy import DTYPES, Strategy, Values
 
 
 class FSDP2(Strategy):
@@ -26,7 +26,7 @@ class FSDP2(Strategy):
 
     replicated = False
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         device = self.procs.device
         mesh = init_device_mesh(device.type, (self.procs.world_size,))
         compute = None if self.precision == "fp32" else DTYPES[self.precision]
@@ -45,8 +45,7 @@ class FSDP2(Strategy):
                     owner._parameters[leaf] = placed[id(p)]
             for leaf, buffer in list(owner._buffers.items()):
                 if buffer is not None:
-                    owner._buffers[leaf] = torch.empty_like(buffer, device=device) if buffer.is_meta else buffer.to(device)
-        buffers(self.module)
+                    owner._buffers[leaf] = buffer.to(device)
         with torch.no_grad():
             for name, p in self.module.named_parameters():
                 start, piece = self.piece(p)

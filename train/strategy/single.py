@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch import nn
 
-from train.strategy import Buffers, Strategy, Values, materialise
+from train.strategy import Strategy, Values, materialise
 
 
 class Single(Strategy):
     """Plain torch on one device."""
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
-        materialise(self.module, self.procs.device, values, buffers)
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
+        materialise(self.module, self.procs.device, values)
         self.model = self.module
 
     def name_in_force(self) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.strategy import DTYPES, Buffers, MakeOptimizer, Mismatch, NonFinite, Strategy, Values, materialise, set_lr
+from train.strategy import DTYPES, MakeOptimizer, Mismatch, NonFinite, Strategy, Values, materialise, set_lr
 
 
 class Zero(Strategy):
@@ -36,14 +36,14 @@ class Zero(Strategy):
 
     # -- wrapping
 
-    def wrap(self, values: Values, buffers: Buffers, blocks: list[nn.Module]) -> None:
+    def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         """Place the weights. The engine needs the optimizer, so it is built in `build_optimizer`."""
         self._accelerator()
         self.values = values
         if self.stage < 3:
-            materialise(self.module, self.procs.device, values, buffers)
+            materialise(self.module, self.procs.device, values)
         else:
-            self._partition(values, buffers)
+            self._partition(values)
         if self.precision != "fp32":
             self.module.register_forward_pre_hook(self._cast, with_kwargs=True)
 
@@ -113,7 +113,7 @@ class Zero(Strategy):
             "wall_clock_breakdown": False,
         }
 
-    def _partition(self, values: Values, buffers: Buffers) -> None:
+    def _partition(self, values: Values) -> None:
         """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
         from deepspeed.runtime.zero import Init
 
@@ -127,9 +127,7 @@ class Zero(Strategy):
         for owner in self.module.modules():
             for leaf, buffer in list(owner._buffers.items()):
                 if buffer is not None:
-                    fresh = torch.empty_like(buffer, device=self.procs.device) if buffer.is_meta else buffer
-                    owner._buffers[leaf] = fresh.to(self.procs.device)
-        self._buffers_by_module(buffers)
+                    owner._buffers[leaf] = buffer.to(self.procs.device)
         for owner in self.module.modules():
             for leaf, p in list(owner._parameters.items()):
                 if p is None:
@@ -141,10 +139,6 @@ class Zero(Strategy):
                     context._convert_to_zero_parameters([fresh_p])
                     placed[id(p)] = fresh_p
                 owner._parameters[leaf] = placed[id(p)]
-
-    def _buffers_by_module(self, buffers: Buffers) -> None:
-        with torch.no_grad():
-            buffers(self.module)
 
     def _cast(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The engine computes in low precision without autocast, so floating inputs come in that precision."""
