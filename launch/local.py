@@ -160,32 +160,30 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
     known = {child.pid for child in _children()}
     run.clear_requests()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned ranks become children of this process and can be found
-    starts_left = 1 + launch.restarts
     with _answering_signals(run, known, say):
-        while True:
-            starts_left -= 1
+        for starts_left in reversed(range(1 + launch.restarts)):
             child = subprocess.Popen(
                 launch.command, env=launch.full_environment(), start_new_session=True, preexec_fn=_end_with_parent()
             )
             code = child.wait()
-            result = run.result()
-            ours = result is not None and result["attempt"] > before
-            final = code == 0 or (ours and result is not None and result["status"] != "running")
-            _wait_for_rest(known, STRAGGLER_S if final else SHUTDOWN_S)
-            result = run.result()
-            ours = result is not None and result["attempt"] > before
-            died = code != 0 and (not ours or (result is not None and result["status"] == "running"))
-            if not died or not starts_left or run.stop_reason():
+            _wait_for_rest(known, STRAGGLER_S if code == 0 or _has_ended(run, before) else SHUTDOWN_S)
+            if code == 0 or _has_ended(run, before) or run.stop_reason() or not starts_left:
                 break
             say(f"The run died (exit code {code}); starting it again, {starts_left} start(s) left.")
     run.clear_requests()
-    if result is not None and ours and result["status"] == "running":  # nobody is left who could say how it ended
-        reason = f"the ranks died (exit code {code})"
-        run.write_result("failed", **{**result, "reason": reason, "status": None})
-        result = run.result()
-    if ours or (code == 0 and (result or {}).get("status") == "finished"):
-        return rundir.exit_code(result)
-    return rundir.EXIT_FAILED
+    result = run.result() or {"status": None, "attempt": 0}
+    if result["attempt"] <= before:  # no attempt began: a finished run has nothing to do, all else is a failure
+        return rundir.EXIT_FINISHED if code == 0 and result["status"] == "finished" else rundir.EXIT_FAILED
+    if result["status"] == "running":  # nobody is left who could say how it ended
+        result |= {"status": "failed", "reason": f"the ranks died (exit code {code})"}
+        rundir.atomic_write(run.result_file, rundir.to_json(result, indent=2) + "\n")
+    return rundir.exit_code(result)
+
+
+def _has_ended(run: RunDir, before: int) -> bool:
+    """Whether an attempt after `before` wrote down how it ended."""
+    result = run.result()
+    return result is not None and result["attempt"] > before and result["status"] != "running"
 
 
 @contextmanager
