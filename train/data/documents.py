@@ -20,7 +20,7 @@ import csv
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -83,13 +83,13 @@ def locate(path: str, cfg: Config, say: Callable[[str], None]) -> Source:
     if not where.is_dir():
         return _of_the_hub(path, data, root, say)
     if path == STDLIB:
-        files = [(n, p) for n, p in _walk(where) if n.endswith(".py") and not _NOT_STDLIB & set(n.split("/"))]
+        files = [(name, file) for name, file in _walk(where, skip=_NOT_STDLIB) if name.endswith(".py")]
     elif (where / "dataset_dict.json").is_file() or (where / "state.json").is_file():
         files = _saved_to_disk(where, data)
     elif data.glob:
         files = _match(where, data.glob)
     elif data.name or _has_configurations(where):
-        listed = _source(path, root, where, list(_walk(where)))
+        listed = _source(path, root, where, _walk(where))
         content = cache.fingerprint(listed.content, data.name, data.split)
         return Source(path, content=content, dataset=(str(where), None))
     else:
@@ -131,13 +131,14 @@ def _source(path: str, root: Path, where: Path, files: list[tuple[str, Path]]) -
     return Source(path, files, cache.fingerprint(cache.identify(root, where, files)))
 
 
-def _walk(where: Path) -> Iterator[tuple[str, Path]]:
-    """The files below a directory in order of their names; none that is hidden."""
+def _walk(where: Path, skip: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """The files below a directory in order of their names; none that is hidden, or in a directory named in `skip`."""
     found = []
     for directory, inside, names in os.walk(where):
-        inside[:] = [name for name in inside if not _hidden(name)]
-        found += [Path(directory, name) for name in names if not _hidden(name)]
-    yield from sorted((path.relative_to(where).as_posix(), path) for path in found if path.is_file())
+        inside[:] = [name for name in inside if name not in skip and not _hidden(name)]
+        below = "" if directory == str(where) else os.path.relpath(directory, where).replace(os.sep, "/") + "/"
+        found += [below + name for name in names if not _hidden(name)]
+    return [(name, path) for name in sorted(found) if (path := where / name).is_file()]
 
 
 def _match(where: Path, pattern: str) -> list[tuple[str, Path]]:
