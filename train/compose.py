@@ -1,12 +1,12 @@
 """From text to a typed tree: how dataclasses are filled from YAML groups and `key=value` overrides. Knows no setting.
 
-Owns: the kinds of value a setting can have (`Count`, `Positive`, ...) with the words for them, the conversion and check of
-plain data against a dataclass, the reading of overrides in Hydra's grammar, the listing of groups and their options,
-Hydra's composition of files, reading YAML that is not trusted, plug-ins, and the nearest match to a misspelt name.
+Owns: the kinds of value (`Count`, `Positive`, ...) with the words for them, the check and conversion of plain data
+against a dataclass, overrides in Hydra's grammar, the options of each group, Hydra's composition of files, YAML that is
+not trusted, plug-ins, and the nearest match to a misspelt name.
 
 Does not own: any setting, group or rule between settings (`config.py`). Torch-free; Hydra is imported where it is used.
 
-Every function that can find something wrong collects it and goes on, so that one message can say all.
+What can be wrong in several places is collected, so that one message says all of it.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
-import importlib.util
 import math
 import os
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -30,8 +29,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import yaml
 
 T = TypeVar("T")
-Options = Mapping[str, Mapping[str, Path]]
-"""Group -> option -> its file."""
 MAX_YAML_BYTES = 1_000_000
 
 
@@ -40,8 +37,8 @@ class ConfigError(Exception):
 
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = list(dict.fromkeys(problems))
-        head = "The config has a problem:" if len(self.problems) == 1 else f"The config has {len(self.problems)} problems:"
-        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
+        count = "a problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        super().__init__("\n".join([f"The config has {count}:", *(f"  {problem}" for problem in self.problems)]))
 
 
 # ----------------------------------------------------------------------------------------------------- kinds of value
@@ -55,9 +52,22 @@ class Rule:
     holds: Callable[[Any], bool]
 
 
-def pattern(text: str, regex: str) -> Rule:
-    """A rule on text: the whole of it matches `regex`."""
+def matches(text: str, regex: str) -> Rule:
+    """A rule that the whole of a text follows `regex`."""
     return Rule(text, lambda value: re.fullmatch(regex, value) is not None)
+
+
+def parses(text: str, parse: Callable[[str], object]) -> Rule:
+    """A rule that `parse` takes the text without a ValueError."""
+
+    def holds(value: str) -> bool:
+        try:
+            parse(value)
+        except ValueError:
+            return False
+        return True
+
+    return Rule(text, holds)
 
 
 Count = Annotated[int, Rule("1 or more", lambda v: v >= 1)]
@@ -66,23 +76,21 @@ Positive = Annotated[float, Rule("above 0", lambda v: v > 0)]
 NonNegative = Annotated[float, Rule("0 or more", lambda v: v >= 0)]
 Share = Annotated[float, Rule("from 0 to 1", lambda v: 0 <= v <= 1)]
 ShareBelow1 = Annotated[float, Rule("from 0 to below 1", lambda v: 0 <= v < 1)]
-OpenShare = Annotated[float, Rule("between 0 and 1", lambda v: 0 < v < 1)]
 OneLine = Annotated[str, Rule("on one line", str.isprintable)]
 
 
 def words(hint: Any) -> str:
     """What `hint` asks for, e.g. "a whole number, 1 or more, or null"."""
-    args = get_args(hint)
-    match get_origin(hint):
-        case origin if origin is Annotated:
-            return ", ".join([words(args[0]), *(rule.text for rule in args[1:])])
-        case origin if origin in (Union, UnionType):
-            return " or ".join([words(arg) for arg in args if arg is not NoneType] + ["null"] * (NoneType in args))
-        case origin if origin is Literal:
-            return ("one of " if len(args) > 1 else "") + ", ".join(args)
-        case origin if origin is list:
-            return f"a list [...], each {words(args[0])}"
-    if is_dataclass(hint):
+    args, origin = get_args(hint), get_origin(hint)
+    if origin is Annotated:
+        return words(args[0]) + (" " if args[0] is str else ", ") + ", ".join(rule.text for rule in args[1:])
+    if origin in (Union, UnionType):
+        return " or ".join(words(arg) for arg in args if arg is not NoneType) + ", or null" * (NoneType in args)
+    if origin is Literal:
+        return "one of " * (len(args) > 1) + ", ".join(args)
+    if origin is list:
+        return f"a list [...] with each {words(args[0])}"
+    if _is_group(hint):
         return "{" + ", ".join(f"{name}: {words(kind)}" for name, kind in _hints(hint).items()) + "}"
     return {str: "text", int: "a whole number", float: "a number", bool: "true or false", NoneType: "null"}[hint]
 
@@ -106,27 +114,22 @@ def convert(hint: Any, value: Any) -> Any:
     elif origin is list:
         if isinstance(value, list):
             return [convert(args[0], item) for item in value]
-    elif is_dataclass(hint):
-        kinds, defaults = _hints(hint), {each.name: _default(each) for each in fields(hint)}
-        if isinstance(value, Mapping) and set(value) <= set(kinds):
-            return hint(**{name: convert(kind, value.get(name, defaults[name])) for name, kind in kinds.items()})
-    elif hint is NoneType:
-        if value is None:
-            return None
+    elif _is_group(hint):
+        settings = leaves(hint)
+        if isinstance(value, Mapping) and set(value) <= set(settings):
+            return hint(**{k: convert(leaf.hint, value.get(k, leaf.default)) for k, leaf in settings.items()})  # type: ignore[operator]
+    elif hint in (NoneType, bool):
+        if isinstance(value, hint):
+            return value
     elif hint is str:
         if isinstance(value, str) and value and not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", value):
             return value
-    elif hint is bool:
-        if isinstance(value, bool):
-            return value
-    elif not isinstance(value, bool):  # int and float; YAML 1.1 reads 1e-3 as text
+    elif not isinstance(value, bool):
+        # YAML 1.1 reads 1e-3 as text.
         if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
-        if isinstance(value, int | float) and math.isfinite(value):
-            if hint is float:
-                return float(value)
-            if value == int(value):
-                return int(value)
+        if isinstance(value, int | float) and math.isfinite(value) and (hint is float or value == int(value)):
+            return hint(value)
     raise ValueError(words(hint))
 
 
@@ -140,47 +143,51 @@ class Leaf(NamedTuple):
     default: Any
 
 
+def _is_group(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 
-def _default(of: Field) -> Any:
-    return of.default if of.default_factory is MISSING else of.default_factory()
-
-
 @cache
-def leaves(cls: type, prefix: str = "") -> dict[str, Leaf]:
+def leaves(cls: Any, prefix: str = "") -> dict[str, Leaf]:
     """Full dotted key -> setting, over the tree of dataclasses below `cls`."""
     found: dict[str, Leaf] = {}
     for each in fields(cls):
         hint, key = _hints(cls)[each.name], prefix + each.name
-        found |= leaves(hint, key + ".") if is_dataclass(hint) else {key: Leaf(hint, _default(each))}
+        if _is_group(hint):
+            found |= leaves(hint, key + ".")
+        else:
+            found[key] = Leaf(hint, each.default if each.default_factory is MISSING else each.default_factory())
     return found
 
 
-def build(cls: type[T], data: Mapping[str, Any], prefix: str = "") -> tuple[T, list[tuple[str, str]]]:
-    """`cls` filled from plain data, and the problems as (key, text). What is wrong or absent keeps its default."""
+def build(cls: type[T], data: Mapping[Any, Any]) -> tuple[T, list[tuple[str, str]]]:
+    """`cls` filled from nested plain data, and the problems as (key, text). What is wrong keeps its default."""
     problems: list[tuple[str, str]] = []
-    values: dict[str, Any] = {}
-    keys = [key[len(prefix) :] for key in leaves(cls, prefix)]
-    for name, value in data.items():
-        key = f"{prefix}{name}"
-        hint = _hints(cls).get(name) if isinstance(name, str) else None
-        if hint is None:
-            problems.append((key, unknown(key, [prefix + k for k in keys])))
-        elif is_dataclass(hint):
-            if isinstance(value, Mapping):
-                values[name], below = build(hint, value, key + ".")  # type: ignore[arg-type]
-                problems += below
-            else:
+    settings = leaves(cls)  # type: ignore[arg-type]
+
+    def fill(part: type, values: Mapping[Any, Any], prefix: str) -> Any:
+        found: dict[str, Any] = {}
+        for name, value in values.items():
+            key, hint = f"{prefix}{name}", _hints(part).get(name)
+            if hint is None:
+                problems.append((key, unknown(key, list(settings))))
+            elif _is_group(hint) and isinstance(value, Mapping):
+                found[name] = fill(hint, value, key + ".")
+            elif _is_group(hint):
                 problems.append((key, f"{key}={shown(value)}: {key} is a group of settings, not one value."))
-        else:
-            try:
-                values[name] = convert(hint, value)
-            except ValueError:
-                problems.append((key, mismatch(key, value, leaves(cls, prefix)[key])))
-    return cls(**values), problems
+            else:
+                try:
+                    found[name] = convert(hint, value)
+                except ValueError:
+                    problems.append((key, mismatch(key, value, settings[key])))
+        return part(**found)
+
+    return fill(cls, data, ""), problems
 
 
 def items(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -203,12 +210,12 @@ def assign(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-# --------------------------------------------------------------------------------------------- what a person is told
+# ------------------------------------------------------------------------------------------------ what a person is told
 
 
 def shown(value: Any) -> str:
-    """`value` as it would be typed in an override, cut where it is long."""
-    if isinstance(value, bool) or value is None:
+    """`value` as it would be typed in an override; cut where it is long, control characters made visible."""
+    if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, Mapping):
         text = "{" + ",".join(f"{name}:{shown(item)}" for name, item in value.items()) + "}"
@@ -226,14 +233,24 @@ def nearest(word: str, candidates: Iterable[str], cutoff: float = 0.6) -> str | 
     return by_lower[close[0]] if close else None
 
 
+def _names(hint: Any) -> list[str]:
+    """The names that a value, or an item of it, may be."""
+    return list(get_args(hint)) if get_origin(hint) is Literal else [n for arg in get_args(hint) for n in _names(arg)]
+
+
 def mismatch(key: str, value: Any, leaf: Leaf) -> str:
     """The text for a value that does not fit its setting."""
     text = f"{key}={shown(value)}: must be {words(leaf.hint)}"
-    choices = [a for h in (leaf.hint, *get_args(leaf.hint)) if get_origin(h) is Literal for a in get_args(h)]
-    if isinstance(value, str) and (close := nearest(value, choices)):
-        return f"{text}. Did you mean {key}={close}?"
-    if leaf.default is not None and leaf.default != [] and leaf.default != value and not choices:
-        return f"{text}, for example {key}={shown(leaf.default)}"
+    given = [word for word in (value if isinstance(value, list) else [value]) if isinstance(word, str)]
+    close = [nearest(word, _names(leaf.hint)) for word in given]
+    for likely in (close[0] if close else None, close, [value], leaf.default):
+        if likely and likely != value:
+            try:
+                convert(leaf.hint, likely)
+            except ValueError:
+                continue
+            meant = f"Such as {key}=" if likely is leaf.default else f"Did you mean {key}="
+            return f"{text}. {meant}{shown(likely)}" + "?" * (likely is not leaf.default)
     return text + "."
 
 
@@ -242,18 +259,21 @@ def unknown(key: str, keys: Sequence[str], synonyms: Mapping[str, str] | None = 
     given = f"{shown(key)}{value}: there is no setting {shown(key)}"
     *above, last = key.split(".")
     if key.endswith("_target_"):
-        return f"{given}, and nothing in a config names code to run: `--plugin` on the command line does."
-    if advice := (synonyms or {}).get(last.lower().replace("-", "_")):
-        return f"{given}. {advice}"
-    siblings = [k for k in keys if k.split(".")[:-1] == above]
-    namesakes = [k for k in keys if k.split(".")[-1] == last]
-    close = nearest(key, namesakes, cutoff=0.0) or nearest(key, siblings, cutoff=0.7) or nearest(key, keys)
-    if close is None and (named := nearest(last, {k.split(".")[-1] for k in keys}, cutoff=0.75)):
-        close = next(k for k in keys if k.split(".")[-1] == named)
+        return f"{given}, and nothing in a config names code to run; `--plugin` on the command line does."
+    if advice := (synonyms or {}).get(last.lower()):
+        return f"{given}. Here it is {advice}."
+    last_words = {each.split(".")[-1]: each for each in keys}
+    siblings = [each for each in keys if each.split(".")[:-1] == above]
+    close = (
+        nearest(key, [each for each in keys if each.split(".")[-1] == last], cutoff=0.0)
+        or nearest(key, siblings, cutoff=0.75)
+        or nearest(key, keys, cutoff=0.8)
+        or last_words.get(nearest(last, last_words, cutoff=0.75) or "")
+    )
     if close:
         return f"{given}. Did you mean {close}{value}?"
     if siblings and above:
-        return f"{given}. The settings of {'.'.join(above)} are {', '.join(k.split('.')[-1] for k in siblings)}."
+        return f"{given}. The settings of {'.'.join(above)} are {', '.join(each.split('.')[-1] for each in siblings)}."
     return f"{given}. All settings are in docs/config.md."
 
 
@@ -261,28 +281,28 @@ def unknown(key: str, keys: Sequence[str], synonyms: Mapping[str, str] | None = 
 
 
 @dataclass
-class Request:
-    """What a command line asks for. Values are checked and converted, except those that hold a `${reference}`."""
+class Asked:
+    """What a command line asks for: options of groups, values of settings, and what was wrong with the rest."""
 
     choices: dict[str, str | list[str]] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
 
-def request(
+def read_overrides(
     overrides: Sequence[str],
-    known: Mapping[str, Leaf],
-    options: Options,
+    known: dict[str, Leaf],
+    options: Mapping[str, Mapping[str, Path]],
     *,
     several: Sequence[str] = (),
     synonyms: Mapping[str, str] | None = None,
-) -> Request:
-    """Read overrides in Hydra's grammar, and check each against the settings and the options of each group.
+) -> Asked:
+    """Read overrides in Hydra's grammar, each checked against the settings and the options of each group.
 
-    several: groups that take a list of options, as in `tracker=[wandb,tensorboard]`. The last of two overrides of one
-    key holds. What is wrong is left out and described in `problems`.
+    several: groups that take a list of options, as in `tracker=[wandb,tensorboard]`. Of two overrides of one key the
+    later holds. What is wrong is left out and described in `problems`.
     """
-    asked = Request()
+    asked = Asked()
     if not overrides:
         return asked
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -290,95 +310,90 @@ def request(
     from hydra.errors import HydraException
 
     parser = OverridesParser.create()
-    groups = {key.split(".")[0] for key in known if "." in key}
+    groups = {key.partition(".")[0]: key for key in reversed(known) if "." in key}
     for line in overrides:
         try:
             one = parser.parse_override(line)
             value = one.value()
         except (HydraException, ValueError, RecursionError) as error:
-            asked.problems.append(_syntax(line, known, error))
+            asked.problems.append(_not_parsed(line, error, known, options))
             continue
         key, text = one.key_or_group, line.partition("=")[2].strip()
-        if key.partition(".")[0].partition("/")[0] == "hydra":
+        whole = next((each for each in known if key.startswith((each + ".", each + "["))), None)
+        problem: str | None
+        if re.match(r"hydra\b", key):
             problem = f"{shown(line)}: Hydra's own settings are not used here; `gearshift run -m` sweeps."
         elif one.package is not None:
             problem = f"{shown(line)}: a group has one place; write {key}={shown(text)}"
         elif one.type is OverrideType.DEL:
-            empty = {k: leaf.default for k, leaf in known.items() if k == key and leaf.default in (None, [])}
-            instead = f"write {key}={shown(empty[key])}" if empty else "set it to another value"
-            problem = f"{shown(line)}: nothing can be taken away; {instead}" + (
-                f", one of {', '.join(options[key])}." if key in options else "."
+            problem = f"{shown(line)}: nothing can be taken away; set {key} to another value" + (
+                f", such as {key}=none." if "none" in options.get(key, {}) else ", such as null where it may be."
             )
         elif one.is_sweep_override():
-            problem = (
-                f"{shown(line)}: several values are a sweep: gearshift run -m {shown(line)}. "
-                f"A list is {key}=[...], text with a comma {key}='\"...\"'."
-            )
+            alone = f"For one run, a list is {key}=[...], text with a comma {key}='\"...\"'"
+            problem = f"{shown(line)}: several values are a sweep: gearshift run -m {shown(line)}. {alone}"
         elif key in options:
-            problem = _choose(asked, key, value, text, options[key], several=key in several)
+            problem = _choose(asked, key, value, text, options[key], key in several)
         elif key in known:
             problem = _set(asked, key, value, text, known[key])
         elif key in groups:
-            problem = f"{shown(line)}: {key} is a group of settings: set one of them, such as " + next(
-                f"{k}={shown(leaf.default)}" for k, leaf in known.items() if k.startswith(key + ".")
-            )
-        elif whole := next((k for k in known if key.startswith((k + ".", k + "["))), None):
-            problem = f"{shown(line)}: {whole} is set as a whole, as {words(known[whole].hint)}."
+            problem = f"{shown(line)}: {key} is a group; set what is in it, such as {groups[key]}."
+        elif whole:
+            problem = f"{shown(line)}: {whole} is set as a whole, to {words(known[whole].hint)}."
         else:
-            problem = unknown(key, [*known, *options], synonyms, f"={text}")
+            problem = unknown(key, [*known, *options], synonyms, f"={shown(text)}")
         if problem:
             asked.problems.append(problem)
     return asked
 
 
-def _syntax(line: str, known: Mapping[str, Leaf], error: Exception) -> str:
+def _not_parsed(line: str, error: Exception, known: Mapping[str, Leaf], options: Mapping[str, Any]) -> str:
     """The text for an override that Hydra's grammar refuses."""
+    key, equals, value = line.partition("=")
     if line.startswith("-"):
         return f"{shown(line)}: settings are written key=value, without dashes."
-    if "=" not in line:
-        example = line if line in known else "optim.lr"
-        return f"{shown(line)}: a setting is written key=value, such as {example}={shown(known[example].default)}"
-    key, _, value = line.partition("=")
-    if re.fullmatch(r"[+~]*[\w./]+", key) and not re.search(r"[\"\[\]{}]", value):
+    if not equals:
+        example = next(iter(options[key])) if key in options else shown(known[key].default) if key in known else "VALUE"
+        return f"{shown(line)}: a setting is written key=value, as in {shown(key)}={example}"
+    if key in known and not re.search(r"[\"'\[\]{}]", value):
         return f"{shown(line)}: this value needs quotes: {key}='\"{shown(value)}\"'"
-    reason = (str(error).splitlines() or [""])[0]
-    return f"{shown(line)}: not a setting in the form key=value ({reason})."
+    return f"{shown(line)}: cannot be read: {(str(error).splitlines() or [''])[0]}"
 
 
-def _choose(asked: Request, group: str, value: Any, text: str, options: Mapping[str, Path], several: bool) -> str | None:
+def _choose(asked: Asked, group: str, value: Any, text: str, options: Mapping[str, Path], several: bool) -> str | None:
     """Note the option of a group, or say what is wrong with it."""
-    given = value if isinstance(value, list) and several else [text if isinstance(value, int | float) else value]
+    given = value if several and isinstance(value, list) else [text if isinstance(value, int | float) else value]
     for option in given:
         if not isinstance(option, str):
-            hint = f"a list of options, such as {group}=[{','.join(list(options)[:2])}]" if several else "one option"
-            return f"{group}={shown(value)}: {group} takes {hint}; its settings are set one by one as {group}.KEY=VALUE."
+            return f"{group}={shown(value)}: {group} takes the name of an option; its settings are {group}.KEY."
         if option not in options:
             close = nearest(option, options)
             meant = f" Did you mean {group}={close}?" if close else ""
-            return f"{group}={shown(option)}: there is no {group} {shown(option)}.{meant} There are {', '.join(options)}."
+            return f"{group}={shown(option)}: there is no such {group}.{meant} There are {', '.join(options)}."
     asked.choices[group] = given if isinstance(value, list) else given[0]
     return None
 
 
-def _set(asked: Request, key: str, value: Any, text: str, leaf: Leaf) -> str | None:
-    """Note the value of a setting, or say what is wrong with it."""
+def _set(asked: Asked, key: str, value: Any, text: str, leaf: Leaf) -> str | None:
+    """Note the value of a setting, or say what is wrong with it. A `${reference}` is checked when it is resolved."""
     if isinstance(value, str) and "${" in value:
         asked.values[key] = value
         return None
     for candidate in (value, text) if isinstance(value, int | float) else (value,):  # run.name=007 is text
         try:
-            asked.values[key] = convert(leaf.hint, candidate)
-            return None
+            convert(leaf.hint, candidate)
         except ValueError:
             continue
+        asked.values[key] = candidate
+        return None
     return mismatch(key, value, leaf)
 
 
 # --------------------------------------------------------------------------------------------------- files and Hydra
 
 
-def find_options(roots: Sequence[Path]) -> dict[str, dict[str, Path]]:
-    """The options of each group: the YAML files one directory below `roots`; earlier roots win, as in Hydra."""
+def find_options(*roots: Path) -> dict[str, dict[str, Path]]:
+    """Group -> option -> file: the YAML files one directory below `roots`; earlier roots win, as in Hydra."""
     found: dict[str, dict[str, Path]] = {}
     for root in roots:
         for path in sorted(root.glob("*/*.yaml")):
@@ -391,8 +406,8 @@ def compose_files(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Hydra's composition of the file `main` with these options: (plain data, references unresolved; every choice).
 
-    schema: stored as the config `schema`, the first in the defaults list of `main`. extra: another root of groups.
-    A group that is not in that defaults list is added. Raises ConfigError.
+    schema: stored as the config `schema`, the first in the defaults list of `main`. extra: another root of groups; a
+    group that is not in the schema is added. Raises ConfigError.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.config_store import ConfigStore
@@ -401,58 +416,56 @@ def compose_files(
     from omegaconf.errors import OmegaConfBaseException
 
     ConfigStore.instance().store(name="schema", node=dict(schema), provider="gearshift")
-    listed = set(re.findall(r"^\s*- (\w+):", main.read_text(), re.MULTILINE))
-    overrides = [f"{'' if group in listed else '+'}{group}={shown(option)}" for group, option in choices.items()]
+    overrides = [f"{'' if group in schema else '+'}{group}={shown(option)}" for group, option in choices.items()]
     if extra is not None:
-        overrides.append(f"hydra.searchpath=['file://{extra}']")
+        quoted = str(extra).replace("\\", "\\\\").replace("'", "\\'")
+        overrides.append(f"hydra.searchpath=['file://{quoted}']")
     try:
         with initialize_config_dir(str(main.parent), version_base="1.3"):
             composed = compose(main.stem, overrides, return_hydra_config=True)
         chosen = dict(composed.hydra.runtime.choices)
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
-        data = OmegaConf.to_container(composed, resolve=False)
+        data: Any = OmegaConf.to_container(composed, resolve=False)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
-        raise ConfigError([f"the files of {main.parent}{f' and {extra}' if extra else ''} do not compose: {reason}"]) from error
-    assert isinstance(data, dict)
-    return data, chosen  # type: ignore[return-value]
+        where = f"{main.parent} and {extra}" if extra else str(main.parent)
+        raise ConfigError([f"The files of {where} do not compose: {reason}"]) from error
+    return data, chosen
 
 
-def resolve(data: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """`data` with each `${other.key}` replaced by the value it names, and the problems as (key, text).
+def resolve(data: dict[str, Any], only: Iterable[str] | None = None) -> list[tuple[str, str]]:
+    """Replace each `${other.key}` in `data` by the value it names; the problems as (key, text), their values dropped.
 
-    Resolvers (`${oc.env:HOME}`, `${now:...}`) are refused: a setting never comes from the environment or the clock. A
-    value that does not resolve is dropped.
+    Resolvers (`${oc.env:HOME}`, `${now:...}`) are refused: no setting comes from the environment, the clock or a
+    function. only: the settings to look at, else all.
     """
-    references = [(key, value) for key, value in items(data) if isinstance(value, str) and "${" in value]
-    if not references:
-        return data, []
+    keys = {key.partition("[")[0]: None for key, value in items(data) if isinstance(value, str) and "${" in value}
+    keys = {key: None for key in keys if only is None or key in set(only)}
+    if not keys:
+        return []
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    problems: list[tuple[str, str]] = []
-    literal = r"A literal ${ is written \${"
-    for key, value in references:
-        reason = None
-        if re.search(r"(?<!\\)\$\{[^}]*:", value):
-            reason = "settings never come from the environment, the clock or a function; write the value"
-        else:
+    tree, problems = OmegaConf.create(data), []
+    for key in keys:
+        given = OmegaConf.to_container(tree)
+        for name in key.split("."):
+            given = given[name]  # type: ignore[index, call-overload]
+        reason = "a setting never comes from the environment, the clock or a function; write the value"
+        if not re.search(r"(?<!\\)\$\{[^}]*:", str(given)):
             try:
-                OmegaConf.select(OmegaConf.create(data), key, throw_on_missing=True)
+                value = OmegaConf.select(tree, key, throw_on_missing=True)
+                assign(data, key, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
+                continue
             except OmegaConfBaseException as error:
                 reason = str(error).splitlines()[0]
-        if reason:
-            problems.append((key, f"{key}={shown(value)}: {reason}. {literal}"))
-            top = re.split(r"\[", key)[0]
-            *above, last = top.split(".")
-            holder = data
-            for name in above:
-                holder = holder[name]
-            holder.pop(last, None)
-    resolved = OmegaConf.to_container(OmegaConf.create(data), resolve=True)
-    assert isinstance(resolved, dict)
-    return resolved, problems  # type: ignore[return-value]
+        problems.append((key, f"{key}={shown(given)}: {reason}. For a literal ${{ write \\${{"))
+        holder: Any = data
+        for name in key.split(".")[:-1]:
+            holder = holder[name]
+        del holder[key.split(".")[-1]]
+    return problems
 
 
 class _PlainLoader(yaml.SafeLoader):
@@ -461,13 +474,13 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None or event.tag is not None:
-            raise yaml.YAMLError(f"anchors, aliases and tags are not used here{event.start_mark}")
+            raise yaml.YAMLError(f"anchors, aliases and tags are not used here {event.start_mark}")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         result = super().construct_mapping(node, deep)
         if len(result) < len(node.value):
-            raise yaml.YAMLError(f"a key is there twice{node.start_mark}")
+            raise yaml.YAMLError(f"a key is there twice {node.start_mark}")
         return result
 
 
@@ -477,13 +490,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             content = file.read(MAX_YAML_BYTES + 1)
         if len(content) > MAX_YAML_BYTES:
-            raise ConfigError([f"{path}: larger than {MAX_YAML_BYTES} bytes; no config is."])
+            raise ValueError(f"larger than {MAX_YAML_BYTES} bytes, and no config is")
         data = yaml.load(content.decode(), _PlainLoader)
+        if data is not None and not isinstance(data, dict):
+            raise ValueError("must hold `group:` and below it `key: value`")
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split()) or "nested too deep"
         raise ConfigError([f"{path}: cannot be read as a config: {reason}"]) from error
-    if not isinstance(data, dict) and data is not None:
-        raise ConfigError([f"{path}: must hold groups of settings, as `group:` and below it `key: value`."])
     return data or {}
 
 
@@ -500,30 +513,23 @@ def import_plugin(name: str) -> str:
     GEARSHIFT_PLUGIN, never from a file. Raises ConfigError.
     """
     if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-        raise ConfigError([f"--plugin {shown(name)}: must be the name of a module, such as my_package or my_package.models"])
+        raise ConfigError([f"--plugin {shown(name)}: must be the name of a module, such as my_package.models"])
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        importlib.import_module(name)
+        module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         where = f"{error.name} is neither installed nor in {os.getcwd()}"
-        raise ConfigError([f"--plugin {name}: {where}. Add its directory to PYTHONPATH, or install it."]) from error
+        raise ConfigError([f"--plugin {name}: {where}; add its directory to PYTHONPATH, or install it."]) from error
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
         raise ConfigError([f"--plugin {name}: fails when it is imported: {reason}"]) from error
-    PLUGINS[name] = _source_hash(name)
-    return PLUGINS[name]
-
-
-def _source_hash(name: str) -> str:
-    """sha256 over the Python files of a module or package, names and contents, wherever it lies."""
-    module = sys.modules[name]
     roots = [Path(root) for root in getattr(module, "__path__", [])]
-    paths = [(path.relative_to(root), path) for root in roots for path in root.rglob("*.py")]
-    paths = paths or [(Path(Path(str(module.__file__)).name), Path(str(module.__file__)))]
+    sources = [(path.relative_to(root).as_posix(), path) for root in roots for path in root.rglob("*.py")]
     digest = hashlib.sha256()
-    for relative, path in sorted(paths):
+    for relative, path in sorted(sources) or [("", Path(str(module.__file__)))]:
         content = path.read_bytes()
-        digest.update(f"{relative.as_posix()}\0{len(content)}\0".encode() + content)
-    return digest.hexdigest()
+        digest.update(f"{relative}\0{len(content)}\0".encode() + content)
+    PLUGINS[name] = digest.hexdigest()
+    return PLUGINS[name]

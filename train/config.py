@@ -21,7 +21,7 @@ import ast
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +35,6 @@ from train.compose import (
     Natural,
     NonNegative,
     OneLine,
-    OpenShare,
     Positive,
     Rule,
     Share,
@@ -47,10 +46,11 @@ from train.compose import (
     import_plugin,
     items,
     leaves,
+    matches,
     nearest,
-    pattern,
+    parses,
+    read_overrides,
     read_yaml,
-    request,
     resolve,
     shown,
     words,
@@ -66,31 +66,17 @@ WHERE = ("hardware", "slurm")
 HOW = ("strategy", "numerics")
 WATCHED = ("run", "log", "eval", "checkpoint", "tracker")
 
-BY_CONTENT = (
-    "data.path data.sources.path data.val_path data.chat_template data.tokenizer model.path model.revision model.gguf_file"
-).split()
-"""What names content: in the math hash stand the fingerprints of the content instead."""
-UNHASHED = [*BY_CONTENT, "data.cache_dir", "data.workers", "train.resolved_precision", "hardware.nvme_path"]
+UNHASHED = {
+    "data.path", "data.sources.path", "data.val_path", "data.chat_template", "data.tokenizer", "data.cache_dir",
+    "data.workers", "model.path", "model.revision", "model.gguf_file", "hardware.nvme_path",
+}  # fmt: skip
+"""Paths, and what only names content: the math hash has the fingerprints of the content instead."""
 ALTERNATIVES = (
     ("train.max_steps", "train.max_epochs", "train.max_tokens"),
     ("data.path", "data.sources"),
     ("data.val_path", "data.fold"),
 )
 """Settings of which one holds: an override of one clears the others of its row."""
-
-FileName = Annotated[
-    str,
-    pattern(
-        "letters, digits and . _ -, beginning with a letter or digit, at most 96, without ..",
-        r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,95}",
-    ),
-]
-Seed = Annotated[int, Rule("0 to 2^63 - 1", lambda v: 0 <= v < 2**63)]
-Nodes = Annotated[str, Rule("a number such as 2, or a range such as 2-8", lambda v: not raises(node_range, v))]
-Duration = Annotated[str, Rule("such as 90, 15m, 1.5h, 2d or HH:MM:SS", lambda v: not raises(seconds, v))]
-SlurmTime = Annotated[str, pattern("such as 90 (minutes), 12:00:00 or 2-00:00:00", r"(\d+-)?\d+(:\d\d?){0,2}")]
-SlurmSize = Annotated[str, pattern("such as 64G", r"\d+[KMGT]?")]
-SlurmOption = Annotated[str, pattern("beginning with --, on one line", r"--[a-z][^\x00-\x1f\x7f]*")]
 
 
 def node_range(nodes: str) -> tuple[int, int]:
@@ -111,12 +97,27 @@ def seconds(text: str) -> float:
     raise ValueError(f"{text!r} is not a time: use 90, 15m, 1.5h, 2d or HH:MM:SS")
 
 
-def raises(parse: Callable[[str], object], text: str) -> bool:
-    try:
-        parse(text)
-    except ValueError:
-        return True
-    return False
+AtLeast2 = Annotated[int, Rule("2 or more", lambda v: v >= 2)]
+VocabSize = Annotated[int, Rule("260 or more (256 bytes and the special tokens)", lambda v: v >= 260)]
+Betas = Annotated[list[ShareBelow1], Rule("two of them", lambda v: len(v) == 2)]
+Fraction = Annotated[float, Rule("above 0, at most 1", lambda v: 0 < v <= 1)]
+Decay = Annotated[float, Rule("between 0 and 1", lambda v: 0 < v < 1)]
+Seed = Annotated[int, Rule("0 to 2^63 - 1", lambda v: 0 <= v < 2**63)]
+Augmentation = Literal["flip", "crop", "scale", "color", "shift"]
+Metric = Annotated[str, matches("such as eval_loss", r"eval_\w+")]
+FileName = Annotated[
+    str,
+    matches(
+        "of letters, digits and . _ - that begins with a letter or digit, at most 96 long, without ..",
+        r"(?!.*\.\.)[A-Za-z0-9][A-Za-z0-9._-]{0,95}",
+    ),
+]
+Nodes = Annotated[str, parses("such as 2 or 2-8", node_range)]
+Duration = Annotated[str, parses("such as 90, 15m, 1.5h, 2d or HH:MM:SS", seconds)]
+SlurmTime = Annotated[str, matches("such as 90 (minutes), 12:00:00 or 2-00:00:00", r"(\d+-)?\d+(:\d\d?){0,2}")]
+SlurmSize = Annotated[str, matches("such as 64G", r"\d+[KMGT]?")]
+SlurmOption = Annotated[str, matches("beginning with --, on one line", r"--[a-z][^\x00-\x1f\x7f]*")]
+SignalS = Annotated[int, Rule("1 to 65535", lambda v: 1 <= v <= 65535)]
 
 
 @dataclass
@@ -166,7 +167,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     """Share the embedding with the output layer."""
     dropout: ShareBelow1 = 0.0
-    """Dropout of residual branches; a function of (seed, epoch, sample id, module, element). Attention dropout is refused."""
+    """Dropout of residual branches, a function of (seed, epoch, sample id, module, element). Attention has none."""
     patch_size: Count = 4
     """Side of a patch in pixels (ViT)."""
     channels: Count = 32
@@ -190,14 +191,14 @@ class DataConfig:
     kind: str = "text"
     """`text`, `chat`, `images`, `digits`, `digit_scenes`, or a source that a plug-in adds."""
     path: str | None = None
-    """File, directory, or hub id. The word `stdlib` is the source of this Python's standard library. Never hashed: content is."""
+    """File, directory, or hub id. `stdlib` is the source of this Python's standard library. Hashed by content."""
     sources: list[SourceConfig] = field(default_factory=list)
     """Several sources with weights, instead of `path`."""
     val_path: str | None = None
     """Validation data. `null` holds out `val_fraction` of the documents or images."""
     val_fraction: ShareBelow1 = 0.1
     """Share held out by a hash of each document's name, when there is neither `val_path` nor `fold`."""
-    folds: Annotated[int, Rule("2 or more", lambda v: v >= 2)] = 5
+    folds: AtLeast2 = 5
     """Number of folds that `fold` counts in."""
     fold: Natural | None = None
     """Hold out this fold (0 to `folds` - 1) instead of `val_fraction`."""
@@ -210,10 +211,11 @@ class DataConfig:
     glob: str | None = None
     """Pattern of the files taken from a directory, e.g. `**/*.py`. `null` takes every readable text or image file."""
     tokenizer: str = "bpe"
-    """`bytes`, `bpe` (byte-level, trained on the training split), or a Hugging Face tokenizer (directory or hub id). With `model.path`, `bpe` means the model's."""
-    tokenizer_vocab_size: Annotated[int, Rule("260 or more (256 bytes and the special tokens)", lambda v: v >= 260)] = 1024
+    """`bytes`, `bpe` (byte-level, trained on the training split), or a Hugging Face tokenizer (directory or hub id).
+    With `model.path`, `bpe` means the model's."""
+    tokenizer_vocab_size: VocabSize = 1024
     """Vocabulary of a trained `bpe`, special tokens included."""
-    seq_len: Annotated[int, Rule("2 or more", lambda v: v >= 2)] = 256
+    seq_len: AtLeast2 = 256
     """Tokens in a row; a row is one sample."""
     pack: bool = True
     """Pack several chats into a row (attention never crosses documents). Plain text is always packed."""
@@ -227,14 +229,14 @@ class DataConfig:
     """Number of classes. `null` counts them in the data."""
     ignore_index: int = 255
     """Mask value that carries no loss."""
-    augment: list[Literal["flip", "crop", "scale", "color", "shift"]] = field(default_factory=list)
+    augment: list[Augmentation] = field(default_factory=list)
     """Augmentations, each keyed by sample id: `flip`, `crop`, `scale`, `color`, `shift`."""
     max_bad_fraction: Share = 0.01
-    """Share of unreadable rows or files above which preparation stops. Each is quarantined with file, line and reason."""
+    """Share of unreadable rows or files above which preparation stops. Each is listed with file, line and reason."""
     max_row_bytes: Count = 8_000_000
     """A row (a line, a file's text) longer than this is bad."""
     cache_dir: str | None = None
-    """Where prepared data lies; several users may share it. `null` is `$XDG_CACHE_HOME/gearshift` (or `~/.cache/gearshift`)."""
+    """Where prepared data lies, for one user or several. `null` is `gearshift` in `$XDG_CACHE_HOME` or `~/.cache`."""
     workers: Natural = 2
     """Threads that read and augment samples ahead of the step, per rank."""
 
@@ -247,7 +249,7 @@ class OptimConfig:
     """`adamw`, `sgd`, or `adamw_8bit` (single and ddp only)."""
     lr: Positive = 3e-4
     """Peak learning rate."""
-    betas: Annotated[list[ShareBelow1], Rule("two of them", lambda v: len(v) == 2)] = field(default_factory=lambda: [0.9, 0.95])
+    betas: Betas = field(default_factory=lambda: [0.9, 0.95])
     """Decay of the first and second moment (AdamW)."""
     eps: Positive = 1e-8
     """Added to the root of the second moment (AdamW)."""
@@ -263,10 +265,10 @@ class OptimConfig:
     """Steps of linear warm-up from 0."""
     final_lr_fraction: Share = 0.1
     """The schedule ends at this fraction of `lr`."""
-    decay_fraction: Annotated[float, Rule("above 0, at most 1", lambda v: 0 < v <= 1)] = 0.2
+    decay_fraction: Fraction = 0.2
     """Last share of the run in which `wsd` decays."""
-    ema: OpenShare | None = None
-    """Decay of an exponential moving average of the weights, e.g. 0.999; evaluated and exported when set. `null` is off."""
+    ema: Decay | None = None
+    """Decay of a moving average of the weights, e.g. 0.999; evaluated and exported when set. `null` is off."""
 
 
 @dataclass
@@ -301,8 +303,6 @@ class TrainConfig:
     """Duration in tokens (rows x `data.seq_len`)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto` (bf16 where the device has it natively, else fp32; frozen at the first start), `fp32`, `bf16`, `fp16`."""
-    resolved_precision: Literal["fp32", "bf16", "fp16"] | None = None
-    """What `precision=auto` became. Written by the first start and compared by every later one; nobody sets it, and no hash holds it."""
     nonfinite: Literal["stop", "skip"] = "stop"
     """On a non-finite loss or gradient, agreed by all ranks before the update: `stop`, or `skip` the step."""
     nonfinite_cap: Count = 10
@@ -346,7 +346,7 @@ class SlurmConfig:
     """How a job is submitted. Names are sbatch's long options."""
 
     name: Literal["none", "cluster", "devcluster"] = "none"
-    """`none` starts here, `cluster` submits with sbatch, `devcluster` submits to the throwaway cluster of `slurm/devcluster`."""
+    """`none` starts here, `cluster` submits with sbatch, `devcluster` to the throwaway one of `slurm/devcluster`."""
     partition: OneLine | None = None
     """sbatch --partition."""
     account: OneLine | None = None
@@ -363,7 +363,7 @@ class SlurmConfig:
     """sbatch --mem."""
     gpus_per_node: OneLine | None = None
     """sbatch --gpus-per-node, e.g. `a100:4`. `null` asks for `hardware.devices_per_node` on CUDA tiers."""
-    signal_s: Annotated[int, Rule("1 to 65535", lambda v: 1 <= v <= 65535)] = 300
+    signal_s: SignalS = 300
     """Seconds of notice before the limit, in which the run saves and leaves."""
     max_requeues: Natural = 100
     """Time-outs after which a run is not requeued any more; preemptions do not count."""
@@ -392,7 +392,7 @@ class StrategyConfig:
     activation_offload: bool = False
     """Keep saved activations in host memory."""
     chunked_loss: bool | None = None
-    """Compute the output layer and the cross-entropy in chunks, never holding all logits. `null` is planned (off until then)."""
+    """Output layer and cross-entropy in chunks, never holding all logits. `null` is planned (off until then)."""
     compile: bool = False
     """torch.compile. Worth it for long runs only."""
     fused_optimizer: bool | None = None
@@ -439,7 +439,7 @@ class EvalConfig:
 
     every: Count | None = None
     """Steps between evaluations; the end of the run is always evaluated. `null` is only the end."""
-    metric: Annotated[str, pattern("the name of a metric, such as eval_loss", r"eval_\w+")] | None = None
+    metric: Metric | None = None
     """Metric that is the objective, e.g. `eval_loss`. `null` is the task's; its direction is fixed by the task."""
     patience: Count | None = None
     """Stop after so many evaluations without a better objective. `null` is off."""
@@ -517,57 +517,54 @@ class Config:
 
 # --------------------------------------------------------------------------------------------- rules between settings
 
-BUILT_IN = {
-    "task.name": ("causal_lm", "classify", "segment"),
-    "model.name": ("llama", "gpt2", "vit", "convnet", "unet", "pretrained"),
-    "data.kind": ("text", "chat", "images", "digits", "digit_scenes"),
-}
-"""Names that need no plug-in."""
 GOES_WITH = {
-    "causal_lm": ({"llama", "gpt2", "pretrained"}, {"text", "chat"}),
-    "classify": ({"vit", "convnet", "pretrained"}, {"images", "digits"}),
-    "segment": ({"unet", "pretrained"}, {"images", "digit_scenes"}),
+    "causal_lm": (("llama", "gpt2", "pretrained"), ("text", "chat")),
+    "classify": (("vit", "convnet", "pretrained"), ("images", "digits")),
+    "segment": (("unet", "pretrained"), ("images", "digit_scenes")),
 }
-"""Task -> the models and kinds of data it works on."""
+"""Built-in task -> the built-in models and kinds of data that it works on."""
+MODELS = ("llama", "gpt2", "vit", "convnet", "unet", "pretrained")
+KINDS = ("text", "chat", "images", "digits", "digit_scenes")
 
 
 def validate(cfg: Config) -> list[str]:
-    """What is wrong between settings, each text with what was given, what is required, and what to type."""
-    return [*_names(cfg), *_shape(cfg), *_data(cfg), *_duration(cfg), *_layout(cfg), *_watched(cfg)]
+    """What is wrong between settings; each text says what was given, what is required, and what to type."""
+    return [*_what_goes_together(cfg), *_model(cfg), *_data(cfg), *_duration(cfg), *_layout(cfg), *_ranks(cfg)]
 
 
-def _names(cfg: Config) -> Iterator[str]:
-    plain = {key: value for key, value in items(to_dict(cfg)) if key in BUILT_IN}
-    if not PLUGINS:
-        for key, name in plain.items():
-            if name not in BUILT_IN[key]:
-                close = nearest(name, BUILT_IN[key])
-                meant = f" Did you mean {key}={close}?" if close else ""
-                known = f"one of {', '.join(BUILT_IN[key])}, or what a plug-in adds (--plugin my_package)"
-                yield f"{key}={shown(name)}: must be {known}.{meant}"
-    if all(name in BUILT_IN[key] for key, name in plain.items()):
-        models, kinds = GOES_WITH[cfg.task.name]
-        if cfg.model.name not in models and cfg.model.path is None:
-            yield f"model={cfg.model.name}: task={cfg.task.name} needs model={' or '.join(sorted(models))}."
-        if cfg.data.kind not in kinds:
-            yield f"data={cfg.data.kind}: task={cfg.task.name} needs data={' or '.join(sorted(kinds))}."
-
-
-def _shape(cfg: Config) -> Iterator[str]:
-    m, d = cfg.model, cfg.data
-    if m.name == "pretrained" and m.path is None:
-        yield "model=pretrained: needs weights; set model.path to a Hugging Face directory, a hub id or a run directory."
-    if m.gguf_file is not None and m.path is None:
-        yield f"model.gguf_file={m.gguf_file}: is a file inside model.path, which is null; set model.path."
-    if cfg.peft.name != "none" and m.path is None:
-        yield f"peft={cfg.peft.name}: adapts a pretrained model; set model.path, or peft=none to train from scratch."
-    if m.path is not None or m.name not in ("llama", "gpt2", "vit"):
+def _what_goes_together(cfg: Config) -> Iterator[str]:
+    task, model, kind = cfg.task.name, cfg.model.name, cfg.data.kind
+    named = (("task.name", task, tuple(GOES_WITH)), ("model.name", model, MODELS), ("data.kind", kind, KINDS))
+    ours = [name in known for _, name, known in named]
+    for key, name, known in named if not PLUGINS else ():
+        if name not in known:
+            meant = f"Did you mean {key}={close}?" if (close := nearest(name, known)) else "--plugin adds others."
+            yield f"{key}={shown(name)}: must be one of {', '.join(known)}. {meant}"
+    if not all(ours):
         return
+    models, kinds = GOES_WITH[task]
+    if model not in models and cfg.model.path is None:
+        yield f"model={model}: does not go with task={task}; set model={' or model='.join(models)}"
+    if kind not in kinds:
+        yield f"data={kind}: does not go with task={task}; set data={' or data='.join(kinds)}"
+
+
+def _model(cfg: Config) -> Iterator[str]:
+    m, d = cfg.model, cfg.data
+    if m.path is None:
+        if m.name == "pretrained":
+            yield "model=pretrained: needs weights; set model.path to a Hugging Face directory, a hub id, or a run."
+        if m.gguf_file is not None:
+            yield f"model.gguf_file={m.gguf_file}: is a file in model.path, which is null; set model.path."
+        if cfg.peft.name != "none":
+            yield f"peft={cfg.peft.name}: adapts a pretrained model; set model.path, or peft=none for all from scratch."
+    if m.path is not None or m.name not in ("llama", "gpt2", "vit"):
+        return  # the shape comes from elsewhere
     if m.hidden_size % m.num_heads:
         yield f"model.hidden_size={m.hidden_size}: must be a multiple of model.num_heads={m.num_heads}; change either."
     elif m.name == "llama" and m.hidden_size // m.num_heads % 2:
         each = f"{m.hidden_size // m.num_heads} for each of model.num_heads={m.num_heads}"
-        yield f"model.hidden_size={m.hidden_size}: rotary embeddings need an even number per head, not {each}."
+        yield f"model.hidden_size={m.hidden_size}: rotary embeddings need an even number per head, and it is {each}."
     if m.num_kv_heads is not None and m.name != "llama":
         yield f"model.num_kv_heads={m.num_kv_heads}: only model=llama groups its heads; set model.num_kv_heads=null."
     elif m.num_kv_heads is not None and m.num_heads % m.num_kv_heads:
@@ -576,233 +573,212 @@ def _shape(cfg: Config) -> Iterator[str]:
         if d.image_size % m.patch_size:
             yield f"model.patch_size={m.patch_size}: must divide data.image_size={d.image_size}; change either."
         return
-    longest = m.max_position_embeddings
-    if longest is not None and longest < d.seq_len:
-        yield f"data.seq_len={d.seq_len}: longer than model.max_position_embeddings={longest}; raise that, or set it to null."
+    if m.max_position_embeddings is not None and m.max_position_embeddings < d.seq_len:
+        longest = f"model.max_position_embeddings={m.max_position_embeddings}"
+        yield f"data.seq_len={d.seq_len}: must be at most {longest}; raise that, or set it to null."
     if m.vocab_size is not None and d.tokenizer == "bpe" and m.vocab_size < d.tokenizer_vocab_size:
-        least = f"at least data.tokenizer_vocab_size={d.tokenizer_vocab_size}"
-        yield f"model.vocab_size={m.vocab_size}: must be {least}, or null to follow it."
+        least = f"data.tokenizer_vocab_size={d.tokenizer_vocab_size}"
+        yield f"model.vocab_size={m.vocab_size}: must be at least {least}, or null to follow it."
 
 
 def _data(cfg: Config) -> Iterator[str]:
-    d, t = cfg.data, cfg.task
+    d, weights = cfg.data, cfg.task.class_weights
     if d.path is not None and d.sources:
-        yield f"data.path={d.path}: data.sources is set too; one of them holds: set data.path=null or data.sources=[]."
+        yield f"data.path={d.path}: data.sources is set too, and one holds; set data.path=null or data.sources=[]."
     if d.fold is not None and d.fold >= d.folds:
         yield f"data.fold={d.fold}: must be below data.folds={d.folds}; folds count from 0."
     if d.fold is not None and d.val_path is not None:
-        yield f"data.fold={d.fold}: data.val_path is set too; one of them holds: set data.fold=null or data.val_path=null."
+        yield f"data.fold={d.fold}: data.val_path is set too, and one holds; set data.fold=null or data.val_path=null."
     if d.augment and d.kind in ("text", "chat"):
-        yield f"data.augment={shown(d.augment)}: augments images, and data.kind is {d.kind}; set data.augment=[]."
-    if isinstance(t.class_weights, list) and d.num_classes not in (None, len(t.class_weights)):
-        yield f"task.class_weights={shown(t.class_weights)}: has {len(t.class_weights)} numbers for data.num_classes={d.num_classes}."
-    if t.class_weights is not None and t.name == "causal_lm":
-        yield f"task.class_weights={shown(t.class_weights)}: tokens have no class weights; set task.class_weights=null."
-
-
-def _duration(cfg: Config) -> Iterator[str]:
-    keys = ALTERNATIVES[0]
-    given = {key: value for key, value in items(to_dict(cfg)) if key in keys and value is not None}
-    if len(given) != 1:
-        pairs = " ".join(f"{key}={shown(value)}" for key, value in given.items()) or "no duration"
-        yield f"{pairs}: exactly one of {', '.join(keys)} must be set, such as train.max_steps=1000; set the others to null."
-    if cfg.train.max_tokens is not None and cfg.data.kind in ("images", "digits", "digit_scenes"):
-        yield f"train.max_tokens={shown(cfg.train.max_tokens)}: images have no tokens; set train.max_epochs or train.max_steps."
-    if cfg.train.precision not in ("auto", cfg.train.resolved_precision) and cfg.train.resolved_precision is not None:
-        frozen = cfg.train.resolved_precision
-        yield f"train.precision={cfg.train.precision}: this run began in {frozen} and keeps it; start another run.name."
-
-
-def _layout(cfg: Config) -> Iterator[str]:
-    s, t, name = cfg.strategy, cfg.train, cfg.strategy.name
-    if cfg.numerics == "exact":
-        exact = "numerics=exact: the same bits on any number of ranks"
-        if name not in ("auto", "single", "ddp"):
-            yield f"{exact} exist for strategy=single and ddp, not {name}; set strategy=ddp or numerics=fast."
-        if t.precision == "fp16":
-            yield f"{exact} need fp32 or bf16, not train.precision=fp16."
-        if s.compile:
-            yield f"{exact} need strategy.compile=false."
-        if s.fused_optimizer:
-            yield f"{exact} need strategy.fused_optimizer=null or false."
-    if t.precision == "fp16" and cfg.hardware.device == "cpu":
-        yield "train.precision=fp16: a CPU does not train in fp16; set train.precision=bf16 or fp32."
-    if s.offload == "cpu" and name not in ("zero2", "zero3"):
-        yield f"strategy.offload=cpu: needs strategy=zero2 or zero3, not {name}."
-    if s.offload == "nvme" and name != "zero3":
-        why = " (with zero1 and zero2, DeepSpeed would offload to the CPU and not say so)" if name in ("zero1", "zero2") else ""
-        yield f"strategy.offload=nvme: needs strategy=zero3, not {name}{why}."
-    if s.offload == "nvme" and cfg.hardware.nvme_path is None:
-        yield "strategy.offload=nvme: set hardware.nvme_path to a directory on local NVMe."
-    if s.offload != "none" and cfg.optim.name != "adamw":
-        yield f"strategy.offload={s.offload}: the update then runs on the CPU, where only AdamW is fast; set optim=adamw."
-    if s.offload_parameters and (name != "zero3" or s.offload == "none"):
-        yield "strategy.offload_parameters=true: needs strategy=zero3 and strategy.offload=cpu or nvme."
-    if cfg.optim.name == "adamw_8bit" and name not in ("auto", "single", "ddp"):
-        yield f"optim=adamw_8bit: its blocks cannot follow shards; set strategy=ddp, or optim=adamw with strategy={name}."
-    if cfg.peft.name == "qlora" and name not in ("auto", "single", "ddp", "fsdp2"):
-        yield f"peft=qlora: 4-bit weights run under single, ddp and fsdp2, not {name}; set strategy=fsdp2 or peft=lora."
-    if s.chunked_loss and cfg.task.name in ("classify", "segment"):
-        yield f"strategy.chunked_loss=true: chunks the vocabulary of a language model; task={cfg.task.name} has none."
-    if s.micro_batch_size is not None and s.micro_batch_size > t.global_batch_size:
-        yield f"strategy.micro_batch_size={s.micro_batch_size}: must be at most train.global_batch_size={t.global_batch_size}."
-    ranks = most_ranks(cfg)
-    if ranks is None:
-        return
-    where = f"{ranks} devices (hardware.nodes={cfg.hardware.nodes} x hardware.devices_per_node={cfg.hardware.devices_per_node})"
-    if ranks > t.global_batch_size:
-        yield f"train.global_batch_size={t.global_batch_size}: too few samples for {where}; each needs at least one."
-    if name == "single" and ranks > 1:
-        one = "hardware.nodes=1 hardware.devices_per_node=1"
-        yield f"strategy=single: runs on one device, and there are {where}; set strategy=ddp, or {one}."
-    if cfg.hardware.device == "mps" and ranks > 1:
-        yield f"hardware.device=mps: a Mac runs one process, not {ranks}; set hardware.devices_per_node=1 hardware.nodes=1."
-
-
-def most_ranks(cfg: Config) -> int | None:
-    """The most ranks that `hardware` may give, where it says so."""
-    each = cfg.hardware.devices_per_node
-    return None if each is None else each * node_range(cfg.hardware.nodes)[1]
-
-
-def _watched(cfg: Config) -> Iterator[str]:
+        yield f"data.augment={shown(d.augment)}: is for images, and data.kind is {d.kind}; set data.augment=[]."
+    if weights is not None and cfg.task.name == "causal_lm":
+        yield f"task.class_weights={shown(weights)}: tokens have no class weights; set task.class_weights=null."
+    elif isinstance(weights, list) and d.num_classes not in (None, len(weights)):
+        yield f"task.class_weights={shown(weights)}: must be one for each of data.num_classes={d.num_classes}."
     if cfg.eval.patience is not None and cfg.eval.every is None:
         yield f"eval.patience={cfg.eval.patience}: counts evaluations; set eval.every to a number of steps."
 
 
+def _duration(cfg: Config) -> Iterator[str]:
+    t = cfg.train
+    durations = dict(zip(ALTERNATIVES[0], (t.max_steps, t.max_epochs, t.max_tokens)))
+    given = " ".join(f"{key}={shown(value)}" for key, value in durations.items() if value is not None)
+    if not given:
+        yield f"train: has no duration; set one of {', '.join(durations)}, such as train.max_steps=1000"
+    elif " " in given:
+        yield f"{given}: exactly one of {', '.join(durations)} must be set; set the others to null."
+    if t.max_tokens is not None and cfg.data.kind in ("images", "digits", "digit_scenes"):
+        yield f"train.max_tokens={shown(t.max_tokens)}: images have no tokens; set train.max_epochs or train.max_steps."
+
+
+def _layout(cfg: Config) -> Iterator[str]:
+    s, name, precision = cfg.strategy, cfg.strategy.name, cfg.train.precision
+    if cfg.numerics == "exact":
+        exact = "numerics=exact: the same bits on any number of ranks"
+        if name not in ("auto", "single", "ddp"):
+            yield f"{exact} are to be had under single and ddp, not {name}; set strategy=ddp or numerics=fast."
+        if precision == "fp16":
+            yield f"{exact} need train.precision=fp32 or bf16, not fp16."
+        if s.compile:
+            yield f"{exact} need strategy.compile=false."
+        if s.fused_optimizer:
+            yield f"{exact} need strategy.fused_optimizer=null or false."
+    if precision == "fp16" and cfg.hardware.device == "cpu":
+        yield "train.precision=fp16: a CPU does not train in fp16; set train.precision=bf16 or fp32."
+    if s.offload == "cpu" and name not in ("zero2", "zero3"):
+        yield f"strategy.offload=cpu: needs strategy=zero2 or zero3, not {name}."
+    if s.offload == "nvme" and name != "zero3":
+        why = " (under zero1 and zero2, DeepSpeed offloads to the CPU instead and does not say so)"
+        yield f"strategy.offload=nvme: needs strategy=zero3, not {name}{why if name.startswith('zero') else ''}."
+    if s.offload == "nvme" and cfg.hardware.nvme_path is None:
+        yield "strategy.offload=nvme: set hardware.nvme_path to a directory on a local NVMe disk."
+    if s.offload != "none" and cfg.optim.name != "adamw":
+        yield f"strategy.offload={s.offload}: the update runs on the CPU, which knows AdamW only; set optim=adamw."
+    if s.offload_parameters and (name != "zero3" or s.offload == "none"):
+        yield "strategy.offload_parameters=true: needs strategy=zero3 and strategy.offload=cpu or nvme."
+    if cfg.optim.name == "adamw_8bit" and name not in ("auto", "single", "ddp"):
+        yield f"optim=adamw_8bit: its blocks cannot follow the shards of {name}; set strategy=ddp, or optim=adamw."
+    if cfg.peft.name == "qlora" and name not in ("auto", "single", "ddp", "fsdp2"):
+        yield f"peft=qlora: 4-bit weights go with single, ddp and fsdp2, not {name}; set strategy=fsdp2 or peft=lora."
+    if s.chunked_loss and cfg.task.name in ("classify", "segment"):
+        yield f"strategy.chunked_loss=true: is for vocabularies, and task={cfg.task.name} has none; set it to null."
+
+
+def _ranks(cfg: Config) -> Iterator[str]:
+    size, micro, ranks = cfg.train.global_batch_size, cfg.strategy.micro_batch_size, most_ranks(cfg)
+    if micro is not None and micro > size:
+        yield f"strategy.micro_batch_size={micro}: must be at most train.global_batch_size={size}; lower it."
+    if ranks is None or ranks == 1:
+        return
+    h = cfg.hardware
+    there = f"{ranks} devices (hardware.nodes={h.nodes} x hardware.devices_per_node={h.devices_per_node})"
+    if ranks > size:
+        yield f"train.global_batch_size={size}: is fewer than one sample for each of {there}; raise it, or use fewer."
+    if cfg.strategy.name == "single":
+        one = "hardware.nodes=1 hardware.devices_per_node=1"
+        yield f"strategy=single: runs on one device, and there are {there}; set strategy=ddp, or {one}"
+    if h.device == "mps":
+        yield f"hardware.device=mps: a Mac runs one process, and there are {there}."
+
+
+def most_ranks(cfg: Config) -> int | None:
+    """The most ranks that `hardware` can give, where it says so."""
+    each = cfg.hardware.devices_per_node
+    return None if each is None else each * node_range(cfg.hardware.nodes)[1]
+
+
 def missing_inputs(cfg: Config) -> list[str]:
-    """What a run still needs though its config is sound: a plan can do without data, training cannot."""
-    if cfg.data.kind in ("text", "chat", "images") and cfg.data.path is None and not cfg.data.sources:
-        what = {"text": "text files", "chat": "chats", "images": "a folder of images"}[cfg.data.kind]
-        return [f"data.path=null: experiment={cfg.experiment} reads your own {what}; set data.path=PATH, or data.sources=[...]."]
-    return []
+    """What a sound config still needs before it can run, as texts: a plan can do without data, training cannot."""
+    if cfg.data.kind not in ("text", "chat", "images") or cfg.data.path is not None or cfg.data.sources:
+        return []
+    return [
+        f"data.path=null: experiment={cfg.experiment} reads data of yours; set data.path=PATH, or data.sources=[...]"
+    ]
 
 
-# ------------------------------------------------------------------------------------------------ from text to a Config
+# ---------------------------------------------------------------------------------------------- from text to a Config
 
 SYNONYMS = {
-    "learning_rate": "It is optim.lr.",
-    "batch_size": "It is train.global_batch_size, the samples of a step over all ranks.",
-    "per_device_train_batch_size": "Over all ranks it is train.global_batch_size; on one it is strategy.micro_batch_size.",
-    "gradient_accumulation_steps": "It follows from train.global_batch_size, strategy.micro_batch_size and the ranks.",
-    "epochs": "It is train.max_epochs.",
-    "num_train_epochs": "It is train.max_epochs.",
-    "steps": "It is train.max_steps.",
-    "mixed_precision": "It is train.precision.",
-    "dtype": "It is train.precision.",
-    "bf16": "It is train.precision=bf16.",
-    "fp16": "It is train.precision=fp16.",
-    "gradient_checkpointing": "It is strategy.activation_checkpointing=1.",
-    "max_grad_norm": "It is optim.clip.",
-    "grad_clip": "It is optim.clip.",
-    "scheduler": "It is optim.schedule.",
-    "optimizer": "It is optim=adamw, and optim.lr and so on.",
-    "dataset": "It is data.path.",
-    "max_length": "It is data.seq_len.",
-    "block_size": "It is data.seq_len.",
-    "output_dir": "It is run.root and run.name.",
-    "num_workers": "It is data.workers.",
-    "num_gpus": "It is hardware.devices_per_node.",
-    "gpus": "It is hardware.devices_per_node.",
-    "report_to": "It is tracker=wandb, mlflow, tensorboard or none.",
-    "wandb": "It is tracker=wandb.",
-}
-"""What the settings are called elsewhere."""
+    "learning_rate": "optim.lr", "optimizer": "optim", "max_grad_norm": "optim.clip", "scheduler": "optim.schedule",
+    "batch_size": "train.global_batch_size (samples of a step over all ranks)", "mixed_precision": "train.precision",
+    "per_device_train_batch_size": "strategy.micro_batch_size on one rank, train.global_batch_size over all",
+    "gradient_accumulation_steps": "what follows from train.global_batch_size, strategy.micro_batch_size and the ranks",
+    "gradient_checkpointing": "strategy.activation_checkpointing", "bf16": "train.precision=bf16",
+    "dtype": "train.precision", "epochs": "train.max_epochs", "num_train_epochs": "train.max_epochs",
+    "steps": "train.max_steps", "dataset": "data.path", "max_length": "data.seq_len", "block_size": "data.seq_len",
+    "num_workers": "data.workers", "output_dir": "run.root and run.name", "gpus": "hardware.devices_per_node",
+    "report_to": "tracker",
+}  # fmt: skip
+"""What settings are called elsewhere."""
 
 
 def compose(overrides: Sequence[str], *, config_dir: str | None = None, plugin: str | None = None) -> Config:
-    """`conf/` with the chosen options, this machine's `conf/local`, then the overrides: one checked Config.
+    """`conf/` with the chosen options, then this machine's `conf/local`, then the overrides: one checked Config.
 
-    config_dir: a directory of more groups and options, laid out as `conf/`. plugin: see `compose.import_plugin`.
-    Raises ConfigError, which holds everything that is wrong at once.
+    config_dir: a directory of more groups and options, laid out as `conf/`. plugin: a module, for `import_plugin`.
+    Raises ConfigError, which says everything that is wrong at once.
     """
     if plugin is not None:
         import_plugin(plugin)
-    extra = Path(config_dir).resolve() if config_dir is not None else None
+    extra = None if config_dir is None else Path(config_dir).resolve()
     if extra is not None and not extra.is_dir():
-        raise ConfigError([f"--config-dir {shown(config_dir)}: must be a directory of groups, as conf/ is."])
-    options = find_options([CONF, extra] if extra else [CONF])
+        raise ConfigError([f"--config-dir {shown(config_dir)}: must be a directory of groups, laid out as conf/."])
+    options = find_options(CONF, *([extra] if extra else []))
     options.pop("local", None)
-    asked = request(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
+    asked = read_overrides(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
     data, chosen = compose_files(CONF / "config.yaml", to_dict(Config()), asked.choices, extra)
     data["experiment"] = chosen["experiment"]
-    files = [options[group][option] for group, option in chosen.items() if option in options.get(group, {})]
-    problems = [
-        *asked.problems,
-        *_overreach(options["experiment"][chosen["experiment"]], {*WHAT, *WATCHED} - {"run"}, "says what is learned"),
-        *(_overreach(LOCAL, {*WHERE, *HOW, *WATCHED, "data.cache_dir"}, "says what this machine is") if LOCAL.exists() else []),
-    ]
-    return _checked(data, asked.values, problems, files)
+    experiment = options["experiment"][chosen["experiment"]]
+    problems = [*asked.problems, *_overreach(experiment, {*WHAT, *WATCHED} - {"run"}, "what is learned")]
+    if LOCAL.exists():
+        problems += _overreach(LOCAL, {*WHERE, *HOW, *WATCHED, "data.cache_dir"}, "what this machine is")
+    files = [LOCAL, *(options[group][name] for group, name in chosen.items() if name in options.get(group, {}))]
+    return _checked(data, asked.values, problems, [file for file in files if file.exists()])
 
 
-def load(run_dir: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """The frozen `config.yaml` of a run directory (or that file), with overrides: single values, or options of where, how and watched.
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """A frozen config (a run directory or its `config.yaml`) with overrides: settings, or options of where and how.
 
-    The file is read as plain data and need not be trusted. Raises ConfigError, which holds everything that is wrong.
+    The file need not be trusted: it is plain data, and nothing it names is run. Raises ConfigError, which says
+    everything that is wrong at once.
     """
-    path = Path(run_dir)
+    path = Path(path)
     path = path / "config.yaml" if path.is_dir() else path
     data = read_yaml(path)
-    options = find_options([CONF])
-    asked = request(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
-    for group in [g for g in asked.choices if g not in (*WHERE, *HOW, *WATCHED)]:
-        option = asked.choices.pop(group)
-        asked.problems.append(
-            f"{group}={shown(option)}: a run keeps the {group} it began with; change single settings, or start another run."
-        )
+    asked = read_overrides(overrides, leaves(Config), find_options(CONF), several=["tracker"], synonyms=SYNONYMS)
+    for group in [group for group in asked.choices if group not in (*WHERE, *HOW, *WATCHED)]:
+        given = f"{group}={shown(asked.choices.pop(group))}"
+        asked.problems.append(f"{given}: a run keeps the {group} it began with; set single settings, or begin another.")
     if asked.choices:
         composed, _ = compose_files(CONF / "config.yaml", to_dict(Config()), asked.choices)
         data |= {group: composed[group] for group in asked.choices}
-    return _checked(data, asked.values, asked.problems, [path], references=bool(overrides))
+    return _checked(data, asked.values, asked.problems, [path], references=asked.values)
 
 
 def _overreach(path: Path, allowed: set[str], role: str) -> list[str]:
-    """What a file sets or selects beyond its role: an experiment no machine, a machine no experiment."""
+    """What a file sets or selects though another side owns it: an experiment a machine, a machine an experiment."""
     data = read_yaml(path)
-    defaults = data.pop("defaults", None) or []
-    selected = [str(key) for entry in defaults if isinstance(entry, Mapping) for key in entry]
-    selected = [key.split("/")[-1].split("@")[0] for key in selected if "/" in key]
-    beyond = [key for key, _ in items(data) if key not in allowed and key.split(".")[0].split("[")[0] not in allowed]
-    return [
-        f"{path}: sets {key}, but this file {role}; set it elsewhere or on the command line."
-        for key in [*beyond, *(group for group in selected if group not in allowed)]
-        if key
-    ]
+    defaults = [str(key) for entry in data.pop("defaults", []) if isinstance(entry, Mapping) for key in entry]
+    selected = [key.partition("/")[2].partition("@")[0] for key in defaults if "/" in key]
+    keys = [key for key, _ in items(data) if key and not {key, re.split(r"[.\[]", key)[0]} & allowed]
+    keys += [group for group in selected if group not in allowed]
+    return [f"{path}: sets {key}, and this file says {role}; set {key} elsewhere." for key in keys]
 
 
 def _checked(
-    data: dict[str, Any], values: Mapping[str, Any], problems: list[str], files: Sequence[Path], references: bool = True
+    data: dict[str, Any],
+    values: Mapping[str, Any],
+    problems: list[str],
+    files: Sequence[Path],
+    references: Iterable[str] | None = None,
 ) -> Config:
-    """`data` with the overrides' `values` as a Config, or ConfigError with `problems` and all others."""
+    """`data` with the overrides' `values`, as a Config; or a ConfigError with `problems` and all others.
+
+    references: the settings that may hold a `${reference}`, all if None. files: where `data` came from.
+    """
     for row in ALTERNATIVES:
-        set_now = [key for key in row if values.get(key) not in (None, [])]
-        if len(set_now) > 1:
-            pairs = " ".join(f"{key}={shown(values[key])}" for key in set_now)
-            problems.append(f"{pairs}: one of {', '.join(row)} can be set; leave the others out.")
-        for key in row if set_now else ():
+        given = [key for key in row if values.get(key) not in (None, [])]
+        for key in row if given else ():
             assign(data, key, leaves(Config)[key].default)
-        values = {key: value for key, value in values.items() if key not in row or key in set_now[:1] or not set_now}
+        if len(given) > 1:
+            pairs = " ".join(f"{key}={shown(values[key])}" for key in given)
+            problems.append(f"{pairs}: only one of {', '.join(row)} can hold; leave the others out.")
+            values = {key: value for key, value in values.items() if key not in given[1:]}
     for key, value in values.items():
         assign(data, key, value)
-    unresolved: list[tuple[str, str]] = []
-    if references:
-        data, unresolved = resolve(data)
-    cfg, wrong = build(Config, data)
-    for key, text in [*unresolved, *wrong]:
-        origin = "" if key in values else next((f" ({file})" for file in files if _mentions(file, key)), "")
-        problems.append(text + origin)
+    wrong = resolve(data, references)
+    cfg, misfits = build(Config, data)
+    for key, text in [*wrong, *misfits]:
+        own = {key, key.partition(".")[2]}
+        origin = next((file for file in files if own & {k for k, _ in items(read_yaml(file))}), None)
+        problems.append(text if origin is None or key in values else f"{text} (in {origin})")
     problems += validate(cfg)
     if problems:
         raise ConfigError(problems)
     return cfg
 
 
-def _mentions(file: Path, key: str) -> bool:
-    """Whether `file` sets `key`, itself or as the option of a group."""
-    return any(own in (key, key.split(".", 1)[-1]) for own, _ in items(read_yaml(file)))
-
-
-# ---------------------------------------------------------------------------------------- plain data, hashes, differences
+# -------------------------------------------------------------------------------------- plain data, hashes, differences
 
 
 def to_dict(cfg: Config) -> dict[str, Any]:
@@ -815,51 +791,53 @@ def to_yaml(cfg: Config) -> str:
 
 
 def math_dict(cfg: Config, fingerprints: Mapping[str, str]) -> dict[str, Any]:
-    """Everything in *what*, with content in place of what names it; equal exactly where the math is.
+    """All of *what*, with content in place of its names; equal exactly where the same is learned.
 
-    fingerprints: sha256 of the content, by name; `data` always, `model` with `model.path`. Raises ValueError without.
+    fingerprints: sha256 of content, by name: `data`, with `model.path` also `model`, and whatever else `prepare` found.
+    Raises ValueError when one of those two is missing.
     """
     for name, needed in (("data", True), ("model", cfg.model.path is not None)):
         if needed and not fingerprints.get(name):
-            raise ValueError(f"the math hash needs the fingerprint of the {name}, which `prepare` makes")
-    what = _without({group: value for group, value in to_dict(cfg).items() if group in WHAT}, UNHASHED)
+            raise ValueError(f"the math hash needs the fingerprint {name!r}, which `prepare` makes")
+    math = _hashed(cfg, WHAT)
     if cfg.data.tokenizer in ("bytes", "bpe"):
-        what["data"]["tokenizer"] = cfg.data.tokenizer
-    what["content"] = dict(fingerprints)
+        math["data"]["tokenizer"] = cfg.data.tokenizer
+    math["content"] = dict(fingerprints)
     if PLUGINS:
-        what["plugins"] = sorted(PLUGINS.values())
-    return what
+        math["plugins"] = sorted(PLUGINS.values())
+    return math
 
 
 def math_hash(cfg: Config, fingerprints: Mapping[str, str]) -> str:
-    """sha256 of `math_dict`: what is learned, and nothing of where and how."""
+    """sha256 of `math_dict`: moves with what is learned, and with nothing of where, how and paths."""
     return _sha256(math_dict(cfg, fingerprints))
 
 
 def exec_hash(cfg: Config) -> str:
     """sha256 of where and how."""
-    return _sha256(_without({group: value for group, value in to_dict(cfg).items() if group in (*WHERE, *HOW)}, UNHASHED))
+    return _sha256(_hashed(cfg, (*WHERE, *HOW)))
 
 
 def diff(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two nested dicts, as `train.max_steps: 100 -> 200`, in the order of `new`."""
-    before, after = dict(items(old)), dict(items(new))
-    gone = object()
-    return [
-        f"{key}: {'(none)' if (was := before.get(key, gone)) is gone else shown(was)} -> "
-        f"{'(none)' if (now := after.get(key, gone)) is gone else shown(now)}"
-        for key in {**after, **before}
-        if before.get(key, gone) != after.get(key, gone)
-    ]
+    """What differs between two nested dicts, as `train.max_steps: 100 -> 200`."""
+    before, after, absent = dict(items(old)), dict(items(new)), object()
+
+    def told(value: Any) -> str:
+        return "(absent)" if value is absent else shown(value)
+
+    pairs = {key: (before.get(key, absent), after.get(key, absent)) for key in {**before, **after}}
+    return [f"{key}: {told(was)} -> {told(now)}" for key, (was, now) in pairs.items() if was != now]
 
 
-def _without(data: Any, keys: Sequence[str], prefix: str = "") -> Any:
-    """Nested plain data without `keys`; a list's items have the list's key."""
-    if isinstance(data, list):
-        return [_without(item, keys, prefix) for item in data]
-    if not isinstance(data, Mapping):
-        return data
-    return {name: _without(value, keys, f"{prefix}{name}.") for name, value in data.items() if prefix + name not in keys}
+def _hashed(cfg: Config, groups: Sequence[str]) -> dict[str, Any]:
+    def kept(data: Any, prefix: str) -> Any:
+        if isinstance(data, list):
+            return [kept(item, prefix) for item in data]
+        if not isinstance(data, Mapping):
+            return data
+        return {name: kept(value, f"{prefix}{name}.") for name, value in data.items() if prefix + name not in UNHASHED}
+
+    return kept({group: value for group, value in to_dict(cfg).items() if group in groups}, "")
 
 
 def _sha256(data: Mapping[str, Any]) -> str:
@@ -871,47 +849,35 @@ def _sha256(data: Mapping[str, Any]) -> str:
 
 def reference() -> str:
     """`docs/config.md`: every setting with its default, what it may be and its docstring; every option that ships."""
-    tree = ast.parse(Path(__file__).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    options = find_options([CONF])
-    sides = {group: side for side, groups in zip(("what", "where", "how", "watched"), (WHAT, WHERE, HOW, WATCHED)) for group in groups}
-    lines = [
-        "# Every setting",
-        "",
-        "Made from `train/config.py` by `python -m train.config > docs/config.md`. A setting is given as `key=value`, an option",
-        "of a group as `group=option`. *What* is learned may change the loss curve and is in the math hash; *where* it runs",
-        "and *how* it is laid out never may; what is *watched* is in no hash.",
-        "",
-        "## What a run is",
-        "",
-        f"`experiment={options and ' | '.join(options['experiment'])}`",
+    source = ast.parse(Path(__file__).read_text())
+    classes = {node.name: node for node in source.body if isinstance(node, ast.ClassDef)}
+    options = find_options(CONF)
+    sides = {"what": WHAT, "where": WHERE, "how": HOW, "watched": WATCHED}
+    page = [
+        "# Every setting\n",
+        "Made from `train/config.py` by `python -m train.config > docs/config.md`.\n",
+        "A setting is given as `key=value`, an option of a group as `group=option`. *What* is learned may change the",
+        "loss curve and makes the math hash; *where* it runs and *how* it is laid out never may, and make the exec",
+        "hash; what is *watched* is in no hash.",
     ]
-    top = [(name, leaf) for name, leaf in leaves(Config).items() if "." not in name]
-    lines += _table(classes["Config"], top)
-    for group in to_dict(Config()):
-        if group not in sides or group in dict(top):
-            continue
-        cls = type(getattr(Config(), group)).__name__
-        lines += ["", f"## {group}", "", f"*{sides[group]}*. {ast.get_docstring(classes[cls])}"]
-        if group in options:
-            lines += ["", f"`{group}={' | '.join(options[group])}`"]
-        lines += _table(classes[cls], [(k, leaf) for k, leaf in leaves(Config).items() if k.startswith(group + ".")])
-    return "\n".join(lines) + "\n"
-
-
-def _table(cls: ast.ClassDef, settings: Sequence[tuple[str, Any]]) -> list[str]:
-    """Rows of a Markdown table; a field's docstring is the text right under it."""
-    texts = {
-        above.target.id: below.value.value
-        for above, below in zip(cls.body, cls.body[1:])
-        if isinstance(above, ast.AnnAssign) and isinstance(above.target, ast.Name)
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-    }
-    rows = ["", "| setting | default | may be | meaning |", "|---|---|---|---|"]
-    for key, leaf in settings:
-        cells = (f"`{key}`", f"`{shown(leaf.default)}`", words(leaf.hint), str(texts[key.split(".")[-1]]))
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return rows
+    for group in ("", *(name for name, value in to_dict(Config()).items() if isinstance(value, dict))):
+        node = classes[type(getattr(Config(), group)).__name__ if group else "Config"]
+        texts = {
+            ast.unparse(above.target): " ".join(str(ast.literal_eval(below.value)).split())
+            for above, below in zip(node.body, node.body[1:])
+            if isinstance(above, ast.AnnAssign) and isinstance(below, ast.Expr)
+        }
+        side = "".join(f"*{side}.* " for side, groups in sides.items() if group in groups)
+        page += [f"\n## {group or 'the run as a whole'}\n", f"{side}{ast.get_docstring(node)}\n"]
+        for name, file in options.get(group or "experiment", {}).items():
+            comments = [line[2:] for line in file.read_text().splitlines() if re.match("# [^@]", line)]
+            page.append(f"- `{group or 'experiment'}={name}`" + f": {' '.join(comments)}" * bool(comments))
+        page += ["", "| setting | default | may be | meaning |", "|---|---|---|---|"]
+        for key, leaf in leaves(Config).items():
+            if key.rpartition(".")[0] == group:
+                cells = f"`{key}`", f"`{shown(leaf.default)}`", words(leaf.hint), texts[key.rpartition(".")[2]]
+                page.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(page) + "\n"
 
 
 if __name__ == "__main__":
