@@ -9,13 +9,12 @@ Does not own: saving and leaving (`main.py`), or writing STOP on a signal to the
 from __future__ import annotations
 
 import os
-import re
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
-from train.config import Config
+from train.config import Config, seconds
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -30,8 +29,7 @@ class Stop:
         """started: `time.monotonic()` from which `run.max_time` counts."""
         self.stop_file, self.save_file = stop_file, save_file
         self.stop_at = cfg.run.stop_at
-        limit = seconds(cfg.run.max_time)
-        self.deadline = None if limit is None else started + limit
+        self.deadline = None if cfg.run.max_time is None else started + seconds(cfg.run.max_time)
         self.signalled: str | None = EARLY.get("reason")
         self.interrupted_at = EARLY.get("at", 0.0)
         for number in SIGNALS:
@@ -79,15 +77,3 @@ def catch_early() -> None:
 
     for number in SIGNALS:
         signal.signal(number, note)
-
-
-def seconds(text: str | None) -> float | None:
-    """`90`, `15m`, `1.5h`, `2d` or `HH:MM:SS` in seconds. Raises ValueError."""
-    if text is None:
-        return None
-    if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{1,2}):(\d{1,2})", text):
-        days, h, m, s = (int(x or 0) for x in match.groups())
-        return days * 86400.0 + h * 3600 + m * 60 + s
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text):
-        return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
-    raise ValueError(f"{text!r} is not a time: use 90, 15m, 1.5h, 2d or HH:MM:SS")
