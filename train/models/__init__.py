@@ -174,9 +174,9 @@ def initial_values(model: nn.Module, seed: int) -> Values:
         if weights is not None:
             return weights
         module, leaf, shape = owners[name]
-        generator = torch.Generator("cpu").manual_seed(_hash64(f"{seed}/{name}"))
-        own = module.initial(leaf, generator) if hasattr(module, "initial") else None
-        return own if own is not None else _draw(config, module, name, shape, generator)
+        source = generator(f"{seed}/{name}")
+        own = module.initial(leaf, source) if hasattr(module, "initial") else None
+        return own if own is not None else _draw(config, module, name, shape, source)
 
     return value
 
@@ -224,6 +224,11 @@ def _draw(config: Any, module: nn.Module, name: str, shape: torch.Size, generato
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         empty[module.padding_idx] = 0.0
     return empty
+
+
+def generator(key: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a function of `key`."""
+    return torch.Generator("cpu").manual_seed(_hash64(key))
 
 
 def _hash64(text: str) -> int:

@@ -1,0 +1,255 @@
+"""The next token: pretraining on text, fine-tuning on chats.
+
+Owns: the loss over tokens (plain, or in chunks that never hold all logits), attention that stays inside documents of a
+packed row, bits per byte, continued text.
+
+Does not own: which tokens carry loss (`labels` say so: -100 carries none), tokenizers and templates (`train/data`), the
+models (`train/models`).
+
+`labels[t]` is the target of position t already: a row of T tokens has T targets, and no model is called with labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train import models
+from train.models import ModelError
+
+if TYPE_CHECKING:
+    from train.config import Config
+    from train.data import Prepared
+
+    Batch = dict[str, Tensor]
+
+IGNORED = -100
+TEMPERATURE = 0.8
+"""Of sampled continuations: they show what a model has learned better than the most likely words, which soon repeat."""
+
+
+class CausalLM:
+    """Batches carry `input_ids` and `labels`, int64 [B, T]; packed chats also `position_ids` and `document` [B, T].
+
+    `prepared.info` holds `vocab_size`, and `val_tokens` and `val_bytes`: the targets and the bytes of text of the whole
+    validation set.
+    """
+
+    objective = "eval_loss"
+
+    def __init__(self, cfg: Config, prepared: Prepared) -> None:
+        self.cfg, self.prepared, self.info = cfg, prepared, prepared.info
+        self.directions = {"eval_loss": False, "eval_bpb": False}
+
+    def build_model(self) -> nn.Module:
+        """Llama, GPT-2, or what `model.path` is. Raises models.ModelError."""
+        model = models.build(self.cfg, self.info)
+        if self.cfg.strategy.chunked_loss:
+            _chunk_head(model)
+        return model
+
+    # ---- Loss --------------------------------------------------------------------------------------------------------
+
+    def count(self, batch: Batch) -> Tensor:
+        return (batch["labels"] != IGNORED).sum()
+
+    def loss(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        labels = batch["labels"]
+        head = _chunked_head(model) if self.cfg.strategy.chunked_loss else None
+        if head is None:
+            logits = model(**_inputs(batch)).logits.float()
+            total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+        else:
+            with head.scoring(labels):
+                total = model(**_inputs(batch)).logits
+        return total, self.count(batch)
+
+    def evaluate(
+        self, model: nn.Module, batches: Iterable[Batch], reduce: Callable[[Tensor], Tensor]
+    ) -> dict[str, float]:
+        """`eval_loss`, nats per token, and `eval_bpb`, bits per byte of the text behind the tokens."""
+        totals = torch.zeros(2, dtype=torch.float64)
+        with _evaluating(model):
+            for batch in batches:
+                total, count = self.loss(model, batch)
+                totals += torch.stack([total.double(), count.double()]).cpu()
+        nats, tokens = reduce(totals).tolist()
+        mean = nats / max(tokens, 1)
+        metrics = {"eval_loss": mean}
+        if self.info.get("val_bytes"):
+            metrics["eval_bpb"] = mean / math.log(2) * self.info["val_tokens"] / self.info["val_bytes"]
+        return metrics
+
+    # ---- Text --------------------------------------------------------------------------------------------------------
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
+        """The most likely continuation of each row of weight 1, as text; see `encode` for the batch."""
+        new = self.generate(model, batch, temperature=0.0)
+        return [self._decode(row) for row, weight in zip(new.tolist(), batch["weight"].tolist()) if weight > 0]
+
+    def sample(self, model: nn.Module, step: int, directory: Path | None) -> None:
+        """`sample-0.txt` and so on: `eval.prompt` and its continuation, drawn by (seed, step, number)."""
+        device = next(model.parameters()).device
+        batch = {
+            key: value.to(device) for key, value in self.encode([self.cfg.eval.prompt] * self.cfg.eval.samples).items()
+        }
+        new = self.generate(model, batch, temperature=TEMPERATURE, key=f"{self.cfg.seed}/{step}")
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            for number, row in enumerate(new.tolist()):
+                text = self.cfg.eval.prompt + self._decode(row)
+                (directory / f"sample-{number}.txt").write_text(text + "\n", encoding="utf-8")
+
+    def generate(self, model: nn.Module, batch: Batch, *, temperature: float, key: str = "") -> Tensor:
+        """int64 [B, eval.sample_tokens], on the CPU: the tokens after the first `length` of each row of `input_ids`.
+
+        Always `eval.sample_tokens` forwards of one shape, whatever is said, so that ranks stay together and a compiled
+        model is compiled once. A row that outgrows the window (`data.seq_len`) is seen from its last tokens on. At
+        `temperature` 0 the most likely token; else drawn on the CPU by (`key`, row), the same on every rank.
+        """
+        count, lengths = self.cfg.eval.sample_tokens, batch["length"].tolist()
+        window = min(self.cfg.data.seq_len, max(lengths) + count)
+        rows = [ids[:length] for ids, length in zip(batch["input_ids"].tolist(), lengths)]
+        generators = [models.generator(f"sample/{key}/{number}") for number in range(len(rows))]
+        with _evaluating(model):
+            for _ in range(count):
+                seen = [row[-window:] for row in rows]
+                ids = torch.tensor([row + [0] * (window - len(row)) for row in seen], device=batch["input_ids"].device)
+                logits = model(input_ids=ids, use_cache=False).logits
+                last = torch.tensor([len(row) - 1 for row in seen], device=ids.device)
+                scores = logits[torch.arange(len(rows), device=ids.device), last].float().cpu()
+                for row, score, generator in zip(rows, scores[:, : self.info["vocab_size"]], generators):
+                    if temperature == 0:
+                        row.append(int(score.argmax()))
+                    else:
+                        odds = F.softmax(score / temperature, dim=0)
+                        row.append(int(torch.multinomial(odds, 1, generator=generator)))
+        return torch.tensor([row[length:] for row, length in zip(rows, lengths)])
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """The model's arguments. Where rows are packed, a token sees the earlier ones of its own document only."""
+    inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
+    if "document" in batch:
+        document = batch["document"]
+        same = document[:, :, None] == document[:, None, :]
+        inputs["attention_mask"] = same.tril()[:, None]
+        inputs["position_ids"] = batch["position_ids"]
+    return inputs
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside: evaluation mode and no gradients; after it, the mode that `model` was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+# ---- The output layer and the loss in chunks -------------------------------------------------------------------------
+
+
+class ChunkedHead(nn.Linear):
+    """An output layer that, while it is `scoring` labels, returns their loss in the place of the logits.
+
+    The loss is computed inside this module's forward, because that is where FSDP2 and ZeRO-3 have its weight whole.
+    """
+
+    labels: Tensor | None = None
+
+    @contextmanager
+    def scoring(self, labels: Tensor) -> Iterator[None]:
+        self.labels = labels
+        try:
+            yield
+        finally:
+            self.labels = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.labels is None:
+            return super().forward(input)
+        return chunked_cross_entropy(input, self.weight, self.labels)
+
+
+def _chunk_head(model: nn.Module) -> None:
+    """Turn the output layer into a `ChunkedHead`, in place. Raises ModelError where more than a matrix makes logits."""
+    head, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
+    scaled = [f for f in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, f, None)]
+    if type(head) is not nn.Linear or head.bias is not None or scaled:
+        why = f"it applies {scaled[0]} to them" if scaled else f"its output layer is a {type(head).__name__}"
+        raise ModelError(
+            f"strategy.chunked_loss=true needs a model whose logits are one matrix product without bias; {why}. "
+            "Set strategy.chunked_loss=false."
+        )
+    head.__class__ = ChunkedHead  # parameters, hooks and names stay what they are
+
+
+def _chunked_head(model: nn.Module) -> ChunkedHead:
+    return next(module for module in model.modules() if isinstance(module, ChunkedHead))
+
+
+def chunked_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
+    """The summed cross-entropy of `hidden` [..., H] @ `weight` [V, H].T against `labels` [...], fp32 scalar.
+
+    At most `rows` rows of logits exist at a time (by default an eighth of them, 2^25 numbers at most): both gradients
+    are computed in the forward pass, chunk by chunk, summed in fp32, and only scaled in the backward pass, which can
+    run once. Products are in the dtype of autocast where it is on, else of `hidden`; the softmax is in fp32.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    hidden, labels = hidden.flatten(0, -2), labels.flatten()
+    if not torch.is_grad_enabled():
+        hidden, weight = hidden.detach(), weight.detach()  # or their gradients would be computed for nothing
+    rows = rows or max(1, min(-(-len(labels) // 8), 2**25 // len(weight)))
+    with torch.autocast(device, enabled=False):
+        return _ChunkedCrossEntropy.apply(hidden, weight, labels, rows, dtype)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
+        matrix = weight.to(dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.empty_like(hidden, dtype=torch.float32) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        for start in range(0, len(labels), rows):
+            part = slice(start, start + rows)
+            chunk, kept = hidden[part].to(dtype), (labels[part] != IGNORED)[:, None]
+            target = labels[part, None].where(kept, 0)
+            scores = (chunk @ matrix.T).float()
+            scores -= scores.amax(dim=1, keepdim=True)
+            wanted = scores.gather(1, target)
+            mass = scores.exp_().sum(dim=1, keepdim=True)
+            total += (mass.log() - wanted).where(kept, 0.0).sum()
+            if not (needs_hidden or needs_weight):
+                continue
+            # From here on `scores` is the gradient of the logits: probability, less 1 at the target, 0 where ignored.
+            scores *= mass.reciprocal().where(kept, 0.0)
+            scores.scatter_(1, target, (wanted.exp() / mass - 1.0).where(kept, 0.0))
+            gradient = scores.to(dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = gradient @ matrix
+            if grad_weight is not None and dtype == torch.float32:
+                grad_weight.addmm_(gradient.T, chunk)
+            elif grad_weight is not None:
+                grad_weight += gradient.T @ chunk
+        ctx.gradients, ctx.dtypes = (grad_hidden, grad_weight), (hidden.dtype, weight.dtype)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *scale: Tensor) -> Any:
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [None if g is None else g.mul_(scale[0]).to(t) for g, t in zip(gradients, ctx.dtypes)]
+        return *scaled, None, None, None
