@@ -437,34 +437,51 @@ def compose_files(
 def resolve(data: dict[str, Any], only: Iterable[str] | None = None) -> list[tuple[str, str]]:
     """Replace each `${other.key}` in `data` by the value it names; the problems as (key, text), their values dropped.
 
-    Resolvers (`${oc.env:HOME}`, `${now:...}`) are refused: no setting comes from the environment, the clock or a
-    function. only: the settings to look at, else all.
+    Hydra's resolvers (`${oc.env:HOME}`, `${now:...}`) are refused: no setting comes from the environment, the clock or
+    a function. only: the settings in which `${` is a reference, else all.
     """
-    keys = {key.partition("[")[0]: None for key, value in items(data) if isinstance(value, str) and "${" in value}
-    keys = {key: None for key in keys if only is None or key in set(only)}
-    if not keys:
-        return []
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    problems = []
+    allowed = None if only is None else set(only)
 
-    tree, problems = OmegaConf.create(data), []
-    for key in keys:
-        given = OmegaConf.to_container(tree)
+    def value_of(key: str, seen: tuple[str, ...]) -> Any:
+        if ":" in key:
+            raise ValueError("a setting never comes from the environment, the clock or a function; write the value")
+        if key in seen:
+            raise ValueError(f"{key} refers to itself")
+        value: Any = data
         for name in key.split("."):
-            given = given[name]  # type: ignore[index, call-overload]
-        reason = "a setting never comes from the environment, the clock or a function; write the value"
-        if not re.search(r"(?<!\\)\$\{[^}]*:", str(given)):
+            if not isinstance(value, Mapping) or name not in value:
+                raise ValueError(f"there is no setting {shown(key)}")
+            value = value[name]
+        return expand(value, (*seen, key)) if allowed is None or key in allowed else value
+
+    def expand(value: Any, seen: tuple[str, ...]) -> Any:
+        if isinstance(value, list):
+            return [expand(item, seen) for item in value]
+        if isinstance(value, Mapping):
+            return {name: expand(item, seen) for name, item in value.items()}
+        if not isinstance(value, str):
+            return value
+        if whole := re.fullmatch(r"\$\{([^{}]*)\}", value):
+            return value_of(whole[1], seen)
+        parts = re.split(r"(\\?\$\{(?:[^{}]*\})?)", value)
+        for place, part in enumerate(parts):
+            if part.startswith("\\${"):
+                parts[place] = part[1:]
+            elif part.startswith("${"):
+                parts[place] = shown(value_of(part[2:-1] if part.endswith("}") else part, seen))
+        return "".join(parts)
+
+    for key in {key.partition("[")[0]: None for key, value in items(data) if isinstance(value, str) and "${" in value}:
+        if allowed is None or key in allowed:
+            *above, last = key.split(".")
+            holder: Any = data
+            for name in above:
+                holder = holder[name]
             try:
-                value = OmegaConf.select(tree, key, throw_on_missing=True)
-                assign(data, key, OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value)
-                continue
-            except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-        problems.append((key, f"{key}={shown(given)}: {reason}. For a literal ${{ write \\${{"))
-        holder: Any = data
-        for name in key.split(".")[:-1]:
-            holder = holder[name]
-        del holder[key.split(".")[-1]]
+                holder[last] = expand(holder[last], (key,))
+            except ValueError as error:
+                problems.append((key, f"{key}={shown(holder.pop(last))}: {error}. For a literal ${{ write \\${{"))
     return problems
 
 
