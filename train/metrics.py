@@ -54,7 +54,7 @@ PEAK_FLOPS: dict[str, dict[str, float]] = {
     "a30": {"bf16": 165e12, "fp16": 165e12, "tf32": 82e12, "fp32": 10.3e12},
     "a40": {"bf16": 149.7e12, "fp16": 149.7e12, "tf32": 74.8e12, "fp32": 37.4e12},
     "a10": {"bf16": 125e12, "fp16": 125e12, "tf32": 62.5e12, "fp32": 31.2e12},
-    "a10g": {"bf16": 70e12, "fp16": 70e12, "tf32": 35e12, "fp32": 31.5e12},
+    "a10g": {"bf16": 70e12, "fp16": 70e12, "tf32": 35e12, "fp32": 35e12},
     "l4": {"bf16": 121e12, "fp16": 121e12, "tf32": 60e12, "fp32": 30.3e12},
     "l40": {"bf16": 181e12, "fp16": 181e12, "tf32": 90.5e12, "fp32": 90.5e12},
     "l40s": {"bf16": 362e12, "fp16": 362e12, "tf32": 183e12, "fp32": 91.6e12},
@@ -95,8 +95,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def lm_flops(trained: int, total: int, tokens: int) -> float:
-    """FLOPs of a language model's step over `tokens`: per token, 2 for each parameter in the forward, 2 in the backward,
-    and 2 more for each that is trained (6 N where all are). Attention's own products are left out."""
+    """FLOPs of a language model's step: per token, 4 for each parameter (forward, and gradients of activations) and 2
+    for each that is trained: 6 N in all. Attention's own products are left out."""
     return float(4 * total + 2 * trained) * tokens
 
 
