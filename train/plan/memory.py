@@ -1,0 +1,363 @@
+"""What each rank and its host hold during a step, under every strategy and lever. Arithmetic only; imports no torch.
+
+Owns: `Layout` (how a step is laid out), `holds` (bytes by name at the moment that needs most), and each strategy's own
+terms: what it keeps always, what it gathers for a section, how gradients appear, what an update needs.
+
+Does not own: what a step keeps and computes (`trace.py` measures it), the constants (`constants.py`), time (`time.py`).
+
+The moments of a step. Going forward, each section adds what it keeps for the backward pass and needs its own temporary
+peak on top; the loss comes last; going backward the same is released section by section while gradients appear; then the
+update. `holds` walks these moments, adds what the strategy holds at each, and reports the largest. The names of its
+terms add up to the total.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from train.plan import constants
+from train.plan.shapes import Param, Section, Trace
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a step is laid out on ranks; what `strategy` and `optim` say, and what the machine decides."""
+
+    strategy: str = "single"  # single, ddp, fsdp2, zero1, zero2, zero3
+    ranks: int = 1
+    micro_batch: int = 1
+    accumulation: int = 1
+    checkpointing: int = 0  # every n-th block is recomputed
+    offload: str = "none"
+    offload_parameters: bool = False
+    activation_offload: bool = False
+    compile: bool = False
+    optimizer: str = "adamw"
+    momentum: bool = True  # sgd
+    foreach: bool = False  # the update makes a temporary of every parameter at once
+    ema: bool = False
+    quantised: bool = False  # frozen matrices of blocks in NF4, doubly quantised
+    bucket_bytes: float = 25 * 2**20
+    persistence_threshold: int = 100_000
+    device: str = "cuda"
+    # Described for comparison, never run by this project:
+    pure: bool = False  # weights, gradients and moments all in 16 bits
+    step_in_backward: bool = False  # each gradient is applied and freed as it appears
+    flat: bool = False  # FSDP1: one flat parameter per block, frozen ones in it, whole gradients held while accumulating
+    single_quantisation: bool = False  # NF4 without double quantisation
+    quantised_inputs: bool = False  # an old bitsandbytes keeps the input of a 4-bit layer
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Bytes of one rank at its peak, by name, and of its share of the host's memory."""
+
+    terms: dict[str, float]
+    host: dict[str, float]
+    moment: str  # when the peak is reached
+
+    @property
+    def allocated(self) -> float:
+        """Tensors on the device: what `torch.cuda.max_memory_allocated` would say."""
+        return sum(self.terms.values())
+
+
+def device_overhead(allocated: float, ranks: int, device: str) -> dict[str, float]:
+    """What the device holds beyond tensors: what the allocator reserves and cannot use, and the contexts of its libraries."""
+    if device != "cuda":
+        return {}
+    overhead = {"allocator reserve": constants.RESERVE_FRACTION * allocated, "CUDA context": constants.CUDA_CONTEXT_BYTES}
+    if ranks > 1:
+        overhead["communication library"] = constants.NCCL_BYTES
+    return overhead
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The moments of a step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A section going forward or backward: bytes of activations, whatever the strategy."""
+
+    name: str
+    section: Section
+    index: int  # of the section, counted over repeats, from 0
+    backward: bool
+    saved: float  # kept by sections so far, this one's own included when going backward
+    loss: float  # of these, by the output layer and the loss
+    temporary: float  # above them, when gradients exist already
+    temporary_fresh: float  # above them, counting the gradients of parameters that appear here
+
+
+@lru_cache(maxsize=512)
+def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: bool, offloaded: bool) -> tuple[tuple[Moment, ...], float]:
+    """(the moments of a micro-step, bytes of activations that went to the host). Equal sections in the middle of a stack
+    are left out: what they hold lies between what their neighbours hold."""
+    sections = list(trace.each())
+    blocks = [i for i, s in enumerate(sections) if s.name == "block"]
+    again = set(blocks[::checkpointing]) if checkpointing else set()
+    found: list[Moment] = []
+    kept: list[float] = []
+    saved = host = 0.0
+    shown = _ends(sections)
+    for i, s in enumerate(sections):
+        forward = s.forward
+        # In a compiled block what is recomputed need not be kept.
+        own = forward.compiled(micro_batch) if compiled and s.name == "block" else forward.kept(micro_batch)
+        if i in shown:
+            extra = max(forward.peak(micro_batch) - forward.kept(micro_batch) + own, own)
+            found.append(Moment(f"forward of {_label(s, i, blocks)}", s, i, False, saved, 0.0, extra, extra))
+        if i in again:
+            own = s.inputs(micro_batch)
+        if offloaded and s.name == "block":
+            host, own = host + own, 0.0
+        kept.append(own)
+        saved += own
+    loss = kept[-1] if len(sections) > 1 else 0.0
+    for i in reversed(range(len(sections))):
+        s = sections[i]
+        whole = s.forward.compiled(micro_batch) if compiled and s.name == "block" else s.forward.kept(micro_batch)
+        missing = whole - kept[i]  # comes back by recomputation, or from the host
+        if i in shown:
+            temporary = [missing + s.backward.peak(micro_batch, fresh=fresh) for fresh in (False, True)]
+            if i in again:
+                forward = s.forward.peak(micro_batch) - s.forward.kept(micro_batch) + whole - kept[i]
+                temporary = [max(t, forward) for t in temporary]
+            else:
+                temporary = [max(t, missing) for t in temporary]
+            found.append(Moment(f"backward of {_label(s, i, blocks)}", s, i, True, saved, loss, *temporary))
+        saved += s.backward.kept(micro_batch) + s.forward.kept(micro_batch) - kept[i]
+        if i == len(sections) - 1:
+            loss = 0.0
+    return tuple(found), host
+
+
+def _ends(sections: list[Section]) -> set[int]:
+    """Indices of the first and last of every run of equal sections, and their neighbours within it."""
+    shown: set[int] = set()
+    for i, s in enumerate(sections):
+        same = [j for j in (i - 1, i + 1) if 0 <= j < len(sections) and sections[j] is s]
+        if len(same) < 2:
+            shown.add(i)
+    return shown
+
+
+def _label(section: Section, index: int, blocks: list[int]) -> str:
+    if section.name == "block":
+        return f"block {blocks.index(index) + 1} of {len(blocks)}"
+    return {"before": "the input layers", "after": "the output layer and the loss", "between": "the layers between blocks"}[section.name]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a strategy holds
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Shape:
+    """What all strategies reckon with."""
+
+    trace: Trace
+    layout: Layout
+    trainable: int
+    frozen: float  # bytes of frozen weights as stored
+    half: int  # bytes of a number in the precision of compute
+
+    @classmethod
+    def of(cls, trace: Trace, layout: Layout) -> _Shape:
+        half = 4 if trace.precision == "fp32" else 2
+        frozen = sum(stored(p, trace, layout, in_block=s.name == "block") for s in trace.each() for p in s.params if not p.trainable)
+        return cls(trace, layout, trace.numel(trainable=True), frozen, half)
+
+    @property
+    def master(self) -> int:
+        return 2 if self.layout.pure else 4
+
+    def moments(self) -> float:
+        """Bytes of optimizer state per trained number."""
+        lay = self.layout
+        if lay.optimizer == "sgd":
+            return self.master if lay.momentum else 0.0
+        if lay.optimizer == "adamw_8bit":
+            return 2 + 2 * 4 / constants.BLOCK_8BIT
+        return 2 * self.master
+
+    def gathered(self, section: Section, bytes_each: float) -> float:
+        """Bytes of a section's parameters when they are whole, 4-bit weights as stored."""
+        total = 0.0
+        for p in section.params:
+            quantised = self.layout.quantised and section.name == "block" and p.matrix and not p.trainable
+            total += stored(p, self.trace, self.layout, in_block=True) if quantised else p.numel * bytes_each
+        return total
+
+
+def stored(p: Param, trace: Trace, layout: Layout, *, in_block: bool) -> float:
+    """Bytes of a frozen parameter: in the precision of compute, or 4-bit."""
+    if layout.quantised and p.matrix and in_block:
+        return p.numel * (constants.NF4_SINGLE_BYTES if layout.single_quantisation else constants.NF4_BYTES)
+    return p.numel * (4 if trace.precision == "fp32" else 2)
+
+
+@dataclass
+class _Held:
+    """What one strategy holds beside activations."""
+
+    always: dict[str, float]
+    computing: dict[str, float] = field(default_factory=dict)  # in forward and backward
+    updating: dict[str, float] = field(default_factory=dict)  # in the update
+    gradient: float = 4.0  # bytes per trained number of gradients that appear section by section; whole where they stay
+    whole: bool = False  # gradients exist from the first moment on
+    share: float = 1.0  # the part of gradients that a rank keeps
+    gather: float = 0.0  # bytes per number of a section that is gathered; 0 where weights are whole
+    reduce: float = 0.0  # bytes per trained number of a section whose gradients are being reduced
+    ahead: int = 0  # sections gathered ahead
+    host: dict[str, float] = field(default_factory=dict)
+
+
+def _single(x: _Shape) -> _Held:
+    always = {"weights": x.master * x.trainable + x.frozen, "optimizer state": x.moments() * x.trainable}
+    return _Held(always, gradient=x.master, whole=x.layout.accumulation > 1)
+
+
+def _ddp(x: _Shape) -> _Held:
+    """Gradients are views of buckets that exist from the first backward on. While micro-steps are added up without
+    reduction they are tensors of their own beside the buckets."""
+    held = _single(x)
+    held.always["gradient buckets"] = 4.0 * x.trainable
+    held.gradient = 4.0 if x.layout.accumulation > 1 else 0.0
+    return held
+
+
+def _fsdp2(x: _Shape) -> _Held:
+    """Everything sharded. A block is gathered before it is used and dropped after, the next one gathered meanwhile; what
+    lies outside blocks stays gathered from its first use to the end of the backward pass. Each micro-step reduces."""
+    n = x.layout.ranks
+    share = {p: math.ceil(p.rows / n) / p.rows for s in x.trace.sections for p in s.params}
+    trainable = sum(p.numel * share[p] for p in x.trace.params() if p.trainable)
+    frozen = sum(
+        stored(p, x.trace, x.layout, in_block=s.name == "block") * share[p] for s in x.trace.each() for p in s.params if not p.trainable
+    )
+    always = {"weights": x.master * trainable + frozen, "optimizer state": x.moments() * trainable}
+    root = sum(x.gathered(s, x.half) for s in x.trace.each() if s.name != "block")
+    held = _Held(always, {"gathered weights": root}, gradient=x.master, share=trainable / max(1, x.trainable))
+    held.whole = x.layout.accumulation > 1
+    held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half) + 4.0
+    if x.layout.flat and x.layout.accumulation > 1:
+        held.always["gradients held whole while accumulating"] = x.half * float(x.trace.numel())
+        held.gradient = 0.0
+    return held
+
+
+def _zero12(x: _Shape) -> _Held:
+    n, lay = x.layout.ranks, x.layout
+    part = math.ceil(x.trainable / n)
+    always = {"weights": x.half * x.trainable + x.frozen}
+    if x.half == 4 or x.layout.pure:
+        masters = 0.0 if x.layout.pure else 4.0 * part
+    else:
+        masters = 4.0 * part
+    state = {"fp32 masters": masters, "optimizer state": x.moments() * part}
+    host: dict[str, float] = {}
+    if lay.offload == "none":
+        always |= state
+    else:
+        host = {**state, "gradients on the host": 4.0 * part}
+    held = _Held(always, host=host, whole=True)
+    partitioned = lay.strategy == "zero2"
+    held.gradient, held.share = (4.0, part / max(1, x.trainable)) if partitioned else (4.0, 1.0)
+    held.computing = {"gradient buckets": min(lay.bucket_bytes, 4.0 * x.trainable)}
+    return held
+
+
+def _zero3(x: _Shape) -> _Held:
+    n, lay = x.layout.ranks, x.layout
+    part = sum(math.ceil(p.numel / n) for p in x.trace.params() if p.trainable)
+    frozen = sum(math.ceil(p.numel / n) * x.half for p in x.trace.params() if not p.trainable)
+    persistent = sum(p.numel * x.half for p in x.trace.params() if p.numel < lay.persistence_threshold)
+    state = {"fp32 masters": 0.0 if lay.pure else 4.0 * part, "optimizer state": x.moments() * part}
+    weights = {"weights": x.half * part + frozen}
+    host: dict[str, float] = {}
+    always = {"persistent small weights": float(persistent)}
+    if lay.offload == "none":
+        always |= state
+    elif lay.offload == "cpu":
+        host |= {**state, "gradients on the host": 4.0 * part}
+    if lay.offload_parameters:
+        host |= weights
+    else:
+        always |= weights
+    held = _Held(always, host=host, whole=True, share=part / max(1, x.trainable))
+    held.gather, held.ahead = float(x.half), 1
+    held.reduce = float(x.half)
+    held.computing = {"gradient buckets": min(2 * lay.bucket_bytes, 4.0 * x.trainable)}
+    if lay.offload != "none":
+        held.gradient = 0.0
+    return held
+
+
+STRATEGIES = {"single": _single, "ddp": _ddp, "fsdp2": _fsdp2, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3}
+
+
+def holds(trace: Trace, layout: Layout) -> Holding:
+    """What a rank holds at the moment of its step that needs most. Raises KeyError for an unknown strategy."""
+    x = _Shape.of(trace, layout)
+    held = STRATEGIES[layout.strategy](x)
+    if layout.ema:
+        held.always["moving average of weights"] = 4.0 * x.trainable * (held.share if layout.strategy != "ddp" else 1.0)
+    if trace.autocast:
+        held.computing["16-bit copies of weights"] = float(sum(s.copies for s in trace.each()))
+    if layout.quantised:
+        biggest = max((p.numel for p in trace.params() if p.matrix and not p.trainable), default=0)
+        held.computing["4-bit weights unpacked"] = float(x.half * biggest)
+    if layout.foreach and layout.offload == "none":
+        held.updating["temporary"] = held.updating.get("temporary", 0.0) + x.master * x.trainable * held.share
+
+    activations, offloaded = moments(trace, layout.micro_batch, layout.checkpointing, layout.compile, layout.activation_offload)
+    if offloaded:
+        held.host["saved activations"] = offloaded
+    gradients = held.gradient * x.trainable * held.share
+    largest = max(s.numel(trainable=True) for s in trace.sections)
+    done = 0  # trained numbers whose gradients have appeared
+    best: tuple[float, str, dict[str, float]] = (-1.0, "", {})
+    seen: set[int] = set()
+    sections = list(trace.each())
+    for moment in activations:
+        if moment.backward:
+            done = sum(s.numel(trainable=True) for s in sections[moment.index + 1 :])
+        whole = held.whole or layout.step_in_backward
+        terms = dict(held.always)
+        for name, value in held.computing.items():
+            terms[name] = terms.get(name, 0.0) + value
+        if layout.step_in_backward:
+            terms["gradients"] = held.gradient * largest * held.share if moment.backward else 0.0
+        else:
+            terms["gradients"] = gradients if whole else held.gradient * done * held.share
+        if held.gather and moment.section.name == "block":
+            terms["gathered weights"] = terms.get("gathered weights", 0.0) + (1 + held.ahead) * x.gathered(moment.section, held.gather)
+        if held.reduce and moment.backward:
+            here = moment.section.numel(trainable=True)
+            if layout.flat:
+                here = sum(p.numel for p in moment.section.params)
+            terms["gradients being reduced"] = held.reduce * here
+        fresh = not whole and held.share == 1.0 and held.gradient > 0
+        terms["logits and loss"] = moment.loss
+        terms["saved activations"] = moment.saved - moment.loss
+        terms["temporary"] = moment.temporary_fresh if fresh else moment.temporary
+        seen.add(moment.index)
+        total = sum(terms.values())
+        if total > best[0]:
+            best = (total, moment.name, terms)
+    update = dict(held.always)
+    if not layout.step_in_backward:
+        update["gradients"] = gradients
+    for name, value in held.updating.items():
+        update[name] = update.get(name, 0.0) + value
+    if sum(update.values()) > best[0]:
+        best = (sum(update.values()), "update", update)
+    return Holding({k: v for k, v in best[2].items() if v > 0}, held.host, best[1])
