@@ -22,7 +22,6 @@ import json
 import logging
 import os
 import queue
-import re
 import secrets
 import signal
 import subprocess
@@ -32,12 +31,11 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from train.config import Config, to_dict
+from train.describe import scrub
 from train.rundir import FILE_MODE, RunDir, read_jsonl
-
-if TYPE_CHECKING:
-    from train.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +81,6 @@ def open(cfg: Config, run: RunDir, attempt: int, hashes: dict[str, str], *, acti
     wanted = [name for name in NAMES if active and getattr(cfg.tracker, name)]
     if not wanted:
         return Trackers([])
-    from train.config import to_dict
 
     spec = {
         "run": run.path.name,
@@ -95,7 +92,7 @@ def open(cfg: Config, run: RunDir, attempt: int, hashes: dict[str, str], *, acti
         "mode": cfg.tracker.mode,
         "config": {**to_dict(cfg), **hashes},
         "pid": os.getpid(),
-        "argv": [_scrubbed(word) for word in sys.argv],
+        "argv": [scrub(word) for word in sys.argv],
     }
     return Trackers([_Feed(name, {**spec, "tracker": name}, run.logs / f"{name}.log") for name in wanted])
 
@@ -290,14 +287,9 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 def _told(error: Exception) -> str:
     """Write the traceback to the log file; returns the error's first line."""
-    print(_scrubbed("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
+    print(scrub("".join(traceback.format_exception(error))), file=sys.stderr, flush=True)
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _scrubbed(lines[0])[:200].rstrip(".")
-
-
-def _scrubbed(text: str) -> str:
-    """Without what looks like a key."""
-    return re.sub(r"\b[0-9A-Za-z_]{32,}\b", "...", text)
+    return scrub(lines[0])[:200].rstrip(".")
 
 
 class _WandB:
