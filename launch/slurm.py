@@ -1,0 +1,521 @@
+"""A run as one Slurm job: the script it is submitted as, what a job does at its beginning and end, what Slurm says of it.
+
+Owns: the text of the batch script, the freezing of config and code at submission, the decision after every launch of the
+ranks (again, requeue, or end), and every call of a Slurm program outside of the script itself (`slurm/train.sbatch`).
+
+Does not own: how ranks train and save (`train`), the lock (`train/rundir.py`), sweeps (`launch/sweep.py`).
+
+A person's values reach the script as words quoted by `shlex` and Slurm as escaped directives; only `slurm.setup`, which is
+shell by its nature, is pasted. Inside a job the script calls `begin`, `stop` and `settle` below, which need no torch and
+call no Slurm program that might be missing in a container.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from train import config, rundir
+from train.config import Config
+from train.rundir import RunDir
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+SCRIPT = CHECKOUT / "slurm" / "train.sbatch"
+BODY = "# ----"
+"""The first line of the script that begins so is where what is the same for every run starts."""
+FROZEN = ("train", "launch", "conf", "slurm")
+OVER = (
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "TIMEOUT",
+)
+NOTICE = "notice from Slurm"
+"""How the text of a STOP begins that the batch script wrote; any other is a person's."""
+FINAL = (*rundir.CLASSIFIED, "non-finite", "asked and got differ")
+"""How the reason of a failure begins that another attempt would only repeat."""
+FRUITLESS = 2
+"""So many attempts in a row without a new checkpoint end a run."""
+
+
+class SlurmError(Exception):
+    """Slurm cannot be used as asked; the message says what it answered and what to type."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the script
+
+
+def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = sys.executable, array: str = "") -> str:
+    """The batch script of a run: `slurm/train.sbatch` with this config's directives, setup and arguments.
+
+    arguments: what `python -m train` gets. array: sbatch --array, for a sweep's script. Raises SlurmError for a path
+    that Slurm's directives cannot hold.
+    """
+    slurm, hardware = cfg.slurm, cfg.hardware
+    gpus = slurm.gpus_per_node
+    if gpus is None and hardware.device != "cpu" and (hardware.device == "cuda" or hardware.gpu):
+        gpus = str(hardware.devices_per_node or 1)
+    log = f"{str(run.logs).replace('%', '%%')}/slurm-{'%A_%a' if array else '%j'}.log"
+    options = {
+        "job-name": re.sub(r"[^A-Za-z0-9._-]+", "-", run.path.name),
+        "array": array,
+        "nodes": hardware.nodes,
+        "time": slurm.time,
+        "signal": f"B:USR1@{slurm.signal_s}",
+        "requeue": None,
+        "open-mode": "append",
+        "output": log,
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "constraint": slurm.constraint,
+        "gpus-per-node": gpus,
+        "cpus-per-task": slurm.cpus_per_task,
+        "mem": slurm.mem,
+    }
+    optional = {"array", "partition", "account", "qos", "constraint", "gpus-per-node", "cpus-per-task", "mem"}
+    lines = ["#!/bin/bash"]
+    lines += [_directive(name, value) for name, value in options.items() if name not in optional or value]
+    lines += [f"#SBATCH {option}" for option in slurm.extra]
+    lines += ["", *slurm.setup]
+    if not slurm.setup:  # a setup brings its own Python
+        lines.append(f"python={shlex.quote(python)}")
+    lines += [
+        "# config and code as they were at submission; what a job needs was prepared then",
+        f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1",
+        "export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1",
+        f'set -- {shlex.join(arguments)} "$@"',
+        "",
+    ]
+    text = SCRIPT.read_text()
+    return "\n".join(lines) + "\n" + text[text.index(BODY) :]
+
+
+def _directive(name: str, value: object) -> str:
+    """`#SBATCH --name=value`, with every character escaped that means something to sbatch."""
+    if value is None:
+        return f"#SBATCH --{name}"
+    text = str(value)
+    if not text.isprintable():
+        raise SlurmError(f"--{name}={text!r}: Slurm's directives hold no line breaks or control characters.")
+    return f"#SBATCH --{name}=" + re.sub(r"[^A-Za-z0-9._/:=,@%+\[\]&|*-]", lambda found: "\\" + found[0], text)
+
+
+def freeze(cfg: Config, run: RunDir) -> list[str]:
+    """Copy the code and `cfg` into the run directory; the arguments with which `python -m train` runs just that.
+
+    Plug-ins that are imported now are copied too. A later edit of the checkout does not change what is queued.
+    """
+    run.create()
+    fresh = run.code.with_name(f".code.{os.getpid()}")
+    shutil.rmtree(fresh, ignore_errors=True)
+    skip = shutil.ignore_patterns("__pycache__", "local", "*.pyc")
+    for name in FROZEN:
+        shutil.copytree(CHECKOUT / name, fresh / name, ignore=skip)
+    from train.compose import PLUGINS
+
+    for plugin in PLUGINS:
+        module = sys.modules[plugin.partition(".")[0]]
+        source = Path(str(module.__file__))
+        if source.name == "__init__.py":
+            shutil.copytree(source.parent, fresh / source.parent.name, ignore=skip)
+        else:
+            shutil.copy2(source, fresh / source.name)
+    settled = replace(cfg, run=replace(cfg.run, root=str(run.path.parent), name=run.path.name))
+    (fresh / "config.yaml").write_text(config.to_yaml(settled))
+    shutil.rmtree(run.code, ignore_errors=True)
+    fresh.rename(run.code)
+    once = [f"run.{key}={value}" for key in ("stop_at", "max_time") if (value := getattr(cfg.run, key)) is not None]
+    return ["--config", str(run.code / "config.yaml"), *(f"--plugin={plugin}" for plugin in PLUGINS), *once]
+
+
+# ----------------------------------------------------------------------------------------------------------- submission
+
+
+def submit(
+    cfg: Config, run: RunDir, *, options: Sequence[str] = (), wait: bool = False, say: Callable[[str], None] = print
+) -> int:
+    """Freeze a prepared and planned run, submit it, and return 0; with `wait` the exit code of the run.
+
+    options: `--step`, `--accept` for the first attempt. Raises SlurmError.
+    """
+    waiting = state(run)
+    if waiting and not waiting["over"]:
+        raise SlurmError(
+            f"{run.path} is already {waiting['state']} as Slurm job {waiting['job']}.\n"
+            f"Cancel that first (scancel {waiting['job']}), or give this run another name: run.name=..."
+        )
+    script = run.code / "train.sbatch"
+    arguments = [*freeze(cfg, run), *options]
+    script.write_text(render(cfg, run, arguments))
+    run.clear_requests()
+    job = sbatch(cfg.slurm.name, script)
+    run.event("submit", job=job, slurm=cfg.slurm.name)
+    say(f"submitted {run.path} as Slurm job {job}\n  tail -F {run.logs}/slurm-{job}.log\n  scancel {job}")
+    return wait_for(run, say) if wait else 0
+
+
+def sbatch(name: str, *words: object) -> str:
+    """Submit; the job's id."""
+    return call(name, "sbatch", "--parsable", *map(str, words)).strip().partition(";")[0]
+
+
+def wait_for(run: RunDir, say: Callable[[str], None] = print) -> int:
+    """Wait until the run's newest job is over; the exit code of the contract. (`sbatch --wait` looks every 32 s.)"""
+    while (now := state(run)) and not now["over"]:
+        time.sleep(1.0)
+    result = run.result()
+    if result is None or result["status"] == "running":
+        say(
+            f"Slurm ended job {now and now['job']} ({now and now['state']}) before the run wrote a result: see {run.logs}"
+        )
+    return rundir.exit_code(result)
+
+
+def state(run: RunDir) -> dict[str, Any] | None:
+    """What Slurm says of the newest job of a run: `job`, `state`, `over`, `reason`, `nodes`; None if there was none.
+
+    A job that Slurm has forgotten, or whose cluster is gone, is over.
+    """
+    jobs = [event for event in rundir.read_jsonl(run.events) if event["kind"] in ("submit", "launch")]
+    if not jobs:
+        return None
+    job = str(jobs[-1]["job"])
+    try:
+        facts = parse(call(jobs[-1]["slurm"], "scontrol", "show", "job", "-o", job))
+    except SlurmError:
+        facts = {}
+    word = facts.get("JobState", "unknown")
+    over = not facts or word in OVER
+    return {"job": job, "state": word, "over": over, "reason": facts.get("Reason"), "nodes": facts.get("NumNodes")}
+
+
+def parse(record: str) -> dict[str, str]:
+    """`scontrol show job -o` as a dict. Of an array, the last record."""
+    lines = [line for line in record.splitlines() if line.startswith("JobId=")]
+    return dict(re.findall(r"(\S+?)=(\S*)", lines[-1])) if lines else {}
+
+
+def call(name: str, *command: str) -> str:
+    """Output of a Slurm program of `slurm=name`. Raises SlurmError with what it said."""
+    environment = dict(os.environ)
+    if name == "devcluster" and "SLURM_CONF" not in environment:
+        tool = CHECKOUT / "slurm" / "devcluster"
+        base = environment.get("GEARSHIFT_DEVCLUSTER") or f"/tmp/gearshift-devcluster-{os.getuid()}"
+        if not Path(base, "etc", "slurm.conf").exists():
+            raise SlurmError(f"slurm=devcluster: no cluster runs in {base}. Start one with: {tool} start")
+        environment |= {"PATH": f"{base}/bin:{environment['PATH']}", "SLURM_CONF": f"{base}/etc/slurm.conf"}
+    program = shutil.which(command[0], path=environment["PATH"])
+    if program is None:
+        raise SlurmError(
+            f"{command[0]} is not on the PATH, so there is no Slurm here. Without one: slurm=none runs on this machine, "
+            "slurm=devcluster on a throwaway cluster (slurm/devcluster start)."
+        )
+    try:
+        done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{command[0]} did not answer within 60 s; is the controller up? Try: scontrol ping") from None
+    if done.returncode:
+        raise SlurmError(f"{shlex.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+# --------------------------------------------------------------------------------------- inside a job: begin, stop, settle
+
+
+@dataclass
+class Launch:
+    """One launch of the ranks in a job, as its events tell it."""
+
+    step: int
+    """Newest checkpoint when it began."""
+    cause: str = "unknown"
+    """Why it ended: a key of `judge`, `ended by Slurm` where only a signal was heard, `unknown` where nothing was."""
+    end_step: int = 0
+    """Newest checkpoint when the next one began."""
+
+    @property
+    def fruitless(self) -> bool:
+        return self.end_step <= self.step and self.cause not in ("preempted", "ended by Slurm")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the batch script does next, and why."""
+
+    action: str
+    """`again` in this allocation, `requeue`, or `end`."""
+    cause: str
+    reason: str
+    code: int
+
+
+def begin(arguments: Sequence[str]) -> list[str]:
+    """Before the ranks start: their run directory, processes per node, port, and arguments. Empty: nothing to do.
+
+    arguments: what the batch script got. Raises ConfigError, RunError, DataError.
+    """
+    cfg, run = _open(arguments)
+    result = run.result() or {}
+    if result.get("status") == "finished":
+        from train.describe import show_result
+
+        _say(show_result(run))
+        return []
+    job, restart = _job()
+    owner = rundir.holder(run)
+    if owner and owner.get("job") and owner["job"] != job and not owner.get("released") and _is_over(owner["job"]):
+        rundir.bury(run, owner)
+    rundir.wait_until_free(run, say=_say)
+
+    launches, now = _history(run, job), newest(run)
+    if launches and (stuck := _no_progress(launches, now)):
+        _give_up(run, stuck)
+        raise rundir.RunError(stuck)
+    if launches and (asked := run.stop_reason()) and not asked.startswith(NOTICE):
+        raise rundir.RunError(f"not started again: {asked}", rundir.EXIT_STOPPED)
+    run.create().clear_requests()
+
+    nodes = int(os.environ["SLURM_JOB_NUM_NODES"])
+    processes = cfg.hardware.devices_per_node
+    if processes is None:
+        processes = int(os.environ.get("SLURM_GPUS_ON_NODE", "1")) if cfg.hardware.device != "cpu" else 1
+    run.event("launch", job=job, restart=restart, nodes=nodes, processes=processes, step=now, after=run.last_attempt(),
+              slurm=cfg.slurm.name, max_requeues=cfg.slurm.max_requeues)  # fmt: skip
+    port = _free_port(int(re.sub(r"\D", "", job)) * 131 + restart * 17 + len(launches))
+    words = list(arguments) if not launches else _without_first_time(arguments)
+    words += [f"run.name={run.path.name}", f"hardware.nodes={nodes}", f"hardware.devices_per_node={processes}"]
+    return [str(run.path), str(processes), str(port), *words]
+
+
+def _open(arguments: Sequence[str]) -> tuple[Config, RunDir]:
+    """Config and directory of the run: frozen ones from a submission, or composed and prepared here."""
+    options = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False)
+    for name in ("--config", "--config-dir", "--plugin", "--step"):
+        options.add_argument(name)
+    options.add_argument("--accept", action="store_true")
+    given, overrides = options.parse_known_args(arguments)
+    plugin = given.plugin or os.environ.get("GEARSHIFT_PLUGIN")
+    if given.config:
+        cfg = config.load(Path(given.config).parent, overrides)
+        if cfg.run.name:
+            return cfg, RunDir(Path(cfg.run.root) / cfg.run.name)
+    else:
+        cfg = config.compose(overrides, config_dir=given.config_dir, plugin=plugin)
+    from train import data
+
+    prepared = data.prepare(cfg, _say)
+    run = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
+    rundir.admit(cfg, run, prepared.fingerprints, accept=given.accept)
+    return cfg, run
+
+
+def _without_first_time(arguments: Sequence[str]) -> list[str]:
+    """Without what holds for the first launch only: from then on a run goes on from its newest checkpoint."""
+    text = "\0".join(arguments)
+    return [word for word in re.sub(r"--step(=|\0)[^\0]*|--accept", "", text).split("\0") if word]
+
+
+def stop(run: RunDir, signal_name: str) -> None:
+    """A signal reached the batch script or a node's launcher: ask the ranks to save and leave.
+
+    Not if the run has gone on elsewhere meanwhile: on a node that was cut off and comes back, Slurm ends the old job's
+    processes, and their last word must not stop the new ones.
+    """
+    job, restart = _job()
+    owner = rundir.holder(run) or {}
+    if owner.get("job") == job and (owner.get("job_start") or 0) > restart:
+        return
+    if owner.get("job") not in (job, None) and not owner.get("released"):
+        return
+    run.event("signal", signal=signal_name, job=job, restart=restart)
+    run.ask_to_stop(f"{NOTICE} ({signal_name})")
+
+
+def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str]) -> Verdict:
+    """After the ranks have left: write down why, and decide. See `judge`."""
+    job, restart = _job()
+    events = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "launch"]
+    ours = events[-1]
+    if (ours["job"], ours["restart"]) != (job, restart):
+        return Verdict("end", "superseded", "the run goes on in another job", 1)
+    result = run.result() or {}
+    if (result.get("attempt") or 0) <= ours["after"]:
+        result = {}  # an earlier attempt's
+    verdict = judge(result, run.stop_reason(), code, heard, facts)
+    launches, now = _history(run, job), newest(run)
+    launches[-1].cause = verdict.cause
+    if verdict.action != "end":
+        timeouts = sum(launch.cause == "time limit" for launch in launches)
+        stuck = _no_progress(launches, now)
+        if stuck:
+            verdict = replace(verdict, action="end", reason=f"{stuck} The last one: {verdict.reason}.", code=1)
+        elif verdict.cause == "time limit" and timeouts > ours["max_requeues"]:
+            enough = f"slurm.max_requeues={ours['max_requeues']} time-outs are used up"
+            verdict = replace(verdict, action="end", reason=f"{enough}; {verdict.reason}")
+    run.event(
+        "settle", job=job, restart=restart, cause=verdict.cause, action=verdict.action, reason=verdict.reason, step=now
+    )
+    if verdict.action == "end" and verdict.code == 1:
+        _give_up(run, verdict.reason)
+    return verdict
+
+
+def judge(result: dict[str, Any], asked: str | None, code: int, heard: set[str], facts: dict[str, str]) -> Verdict:
+    """What to do after a launch, from what is known when its ranks have left.
+
+    result: `result.json` if this launch wrote it, else empty. asked: the text of STOP. code: srun's exit code. heard:
+    signals that the batch script got. facts: `scontrol show job`.
+    """
+    status, why = result.get("status"), result.get("reason") or ""
+    left = rundir.exit_code(result) if result else code
+    state_now = facts.get("JobState", "")
+    by_slurm = why.startswith(NOTICE) or why.startswith("signal ") or (status != "stopped" and bool(heard))
+    step = f" at step {result['steps']}" if "steps" in result else ""
+
+    if status == "finished":
+        return Verdict("end", "finished", "finished", 0)
+    if status == "failed" and why.startswith(FINAL):
+        return Verdict("end", "failed", why, left)
+    if not result and code in rundir.CLASSIFIED.values():
+        return Verdict("end", "failed", f"the ranks left with code {code} before the run began", code)
+    if state_now == "CANCELLED":
+        return Verdict("end", "cancelled", f"cancelled{step}", rundir.EXIT_STOPPED if status == "stopped" else 1)
+    if status == "stopped" and not by_slurm:
+        return Verdict("end", "asked", f"stopped by {why}{step}", left)
+    if asked and not asked.startswith(NOTICE):
+        return Verdict("end", "asked", f"stopped by {asked}{step}", left)
+    if facts.get("PreemptTime", "None") not in ("None", "Unknown", ""):
+        return Verdict("requeue", "preempted", f"preempted{step}", left)
+    if state_now and state_now not in ("RUNNING", "COMPLETING", "TIMEOUT"):
+        return Verdict("end", "ended by Slurm", f"Slurm starts it again by itself ({state_now}){step}", left)
+    if heard & {"USR1", "ALRM"} or state_now == "TIMEOUT":
+        return Verdict("requeue", "time limit", f"the time limit was near{step}", left)
+    if status == "stopped":
+        return Verdict("end", "asked", f"stopped by {why}{step}", left)
+    return Verdict("again", "died", why or f"the ranks died without a word (srun's exit code is {code})", 1)
+
+
+def _history(run: RunDir, job: str) -> list[Launch]:
+    """The launches of this job, oldest first; the last one's `end_step` is its caller's to know."""
+    launches: list[Launch] = []
+    for event in rundir.read_jsonl(run.events):
+        if event.get("job") != job:
+            continue
+        if event["kind"] == "launch":
+            if launches:
+                launches[-1].end_step = event["step"]
+            launches.append(Launch(event["step"]))
+        elif event["kind"] == "settle" and launches:
+            launches[-1].cause = event["cause"]
+        elif event["kind"] == "signal" and launches and event["signal"] == "TERM" and launches[-1].cause == "unknown":
+            launches[-1].cause = "ended by Slurm"
+    return launches
+
+
+def _no_progress(launches: list[Launch], now: int) -> str | None:
+    """What to tell a person if the last attempts brought nothing; None while there is hope."""
+    launches[-1].end_step = now
+    if len(launches) < FRUITLESS or not all(launch.fruitless for launch in launches[-FRUITLESS:]):
+        return None
+    have = f"the newest is step {now}" if now else "there is none yet"
+    return f"no-progress: {FRUITLESS} attempts in a row ended without a new checkpoint ({have})."
+
+
+def _give_up(run: RunDir, reason: str) -> None:
+    """Write down the end of a run whose ranks could not do so themselves."""
+    result = run.result() or {}
+    if result.get("status") in ("finished", "stopped"):
+        return
+    kept = {key: value for key, value in result.items() if key not in ("status", "attempt", "reason", "name")}
+    if result.get("status") == "failed" and result.get("reason"):
+        kept["error"] = result["reason"]
+    run.write_result("failed", result.get("attempt") or run.last_attempt(), reason=reason, **kept)
+    run.event("end", status="failed", reason=reason)
+
+
+def newest(run: RunDir) -> int:
+    """Step of the newest committed checkpoint; 0 without one."""
+    return max([0, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/manifest.json"))])
+
+
+def _job() -> tuple[str, int]:
+    """This job, and how often it was started again."""
+    return os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+
+
+def _is_over(job: str) -> bool:
+    """Whether Slurm knows that a job has ended. False where it cannot be asked."""
+    try:
+        word = parse(call("cluster", "scontrol", "show", "job", "-o", job)).get("JobState", "")
+    except SlurmError as error:
+        return "Invalid job id" in str(error)
+    return word in OVER
+
+
+def _free_port(seed: int) -> int:
+    """A port that is free here now, another one for every launch of every job."""
+    for n in range(1000):
+        port = 10000 + (seed + n) % 20000
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise SlurmError("none of 1000 ports is free on this node")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`python -m launch.slurm begin|stop|settle ...`, as `slurm/train.sbatch` calls it."""
+    verb, words = argv[0], list(argv[1:])
+    if verb == "begin":
+        from train.data import DataError
+
+        try:
+            print(*begin(words), sep="\0", end="\0")
+        except (config.ConfigError, DataError, rundir.RunError) as error:
+            _say(str(error))
+            return getattr(error, "code", rundir.EXIT_CONFIG)
+        return 0
+    if verb == "stop":
+        stop(RunDir(words[0]), words[1])
+        return 0
+    parser = argparse.ArgumentParser(prog="python -m launch.slurm settle")
+    parser.add_argument("run")
+    parser.add_argument("--code", type=int, required=True)
+    parser.add_argument("--heard", required=True)
+    parser.add_argument("--job", required=True)
+    given = parser.parse_args(words)
+    run = RunDir(given.run)
+    verdict = settle(run, code=given.code, heard=set(given.heard.split()), facts=parse(given.job))
+    _say(f"gearshift: {verdict.reason}; {'this run ends' if verdict.action == 'end' else verdict.action}")
+    if verdict.action == "end" and verdict.cause not in ("finished", "superseded", "ended by Slurm"):
+        _say(f"To go on: gearshift resume {shlex.quote(str(run.path))}")
+    print(verdict.action)
+    return verdict.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
