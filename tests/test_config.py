@@ -76,11 +76,11 @@ WRONG = {
     "train.max_steps=1.5": "must be a whole number, 1 or more, or null",
     "train.max_steps=true": "must be a whole number, 1 or more, or null",
     "strategy.compile=1": "must be true or false",
-    "optim.lr=fast": "must be a number, above 0. Such as optim.lr=0.0003",
+    "optim.lr=fast": "must be a number, above 0, such as optim.lr=0.0003",
     "optim.lr=null": "must be a number, above 0",
     "optim.lr=nan": "must be a number, above 0",
     "optim.lr=inf": "must be a number, above 0",
-    "optim.betas=0.9": "Such as optim.betas=[0.9,0.95]",
+    "optim.betas=0.9": "such as optim.betas=[0.9,0.95]",
     "optim.betas=[0.9]": "two of them",
     "data.augment=flip": "Did you mean data.augment=[flip]?",
     "data.augment=[flop]": "Did you mean data.augment=[flip]?",
@@ -91,7 +91,7 @@ WRONG = {
     "train.precision=bf61": "Did you mean train.precision=bf16?",
     "task.class_weights=balance": "Did you mean task.class_weights=balanced?",
     # Ranges and forms.
-    "train.global_batch_size=-3": "must be a whole number, 1 or more. Such as train.global_batch_size=16",
+    "train.global_batch_size=-3": "must be a whole number, 1 or more, such as train.global_batch_size=16",
     "train.global_batch_size=0": "must be a whole number, 1 or more",
     "optim.lr=-1": "above 0",
     "optim.ema=1": "between 0 and 1",
@@ -376,6 +376,9 @@ def test_a_frozen_config_says_everything_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         config.load(tmp_path, ["seed=x"])
     assert len(caught.value.problems) == 4  # those three, and no duration left
+    (tmp_path / "config.yaml").write_text("optim: 3\ntrain: [x]\n")
+    with pytest.raises(ConfigError, match="optim is a group of settings"):
+        config.load(tmp_path, ["optim.lr=1", "train.max_steps=1"])
     with pytest.raises(ConfigError, match=re.escape("No such file or directory")):
         config.load(tmp_path / "nothing")
 
@@ -515,11 +518,15 @@ def test_more_groups_from_a_directory(conf: Path, tmp_path: Path) -> None:
     assert any("says what is learned" in text for text in told)
     assert any(text.startswith("optim.lr=x") and "mine.yaml" in text for text in told)
     (more / "experiment" / "mine.yaml").write_text("a: [\n")
-    assert "do not compose" in problems("experiment=mine", config_dir=str(more))[0]
+    told = problems("experiment=mine", "seed=x", config_dir=str(more))
+    assert "seed=x" in told[0]
+    assert "do not compose" in told[1]
+    (more / "experiment" / "mine.yaml").write_text("# @package _global_\n'a.b': '${seed}'\noptim: ${nothing}\n")
+    told = problems("experiment=mine", "optim.lr=1", config_dir=str(more))
+    assert any("there is no setting a.b" in text for text in told)
 
 
 def test_a_plug_in_counts_by_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cfg: Config) -> None:
-    monkeypatch.setattr(config, "PLUGINS", composition.PLUGINS)
     before = config.math_hash(cfg, FINGERPRINTS)
     try:
         hashes = []

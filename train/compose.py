@@ -203,10 +203,12 @@ def items(data: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def assign(data: dict[str, Any], key: str, value: Any) -> None:
-    """`data["a"]["b"] = value` for the key `a.b`."""
+    """`data["a"]["b"] = value` for the key `a.b`. Nothing where `a` is no group: `build` says so."""
     *above, last = key.split(".")
     for name in above:
         data = data.setdefault(name, {})
+        if not isinstance(data, dict):
+            return
     data[last] = value
 
 
@@ -249,8 +251,9 @@ def mismatch(key: str, value: Any, leaf: Leaf) -> str:
                 convert(leaf.hint, likely)
             except ValueError:
                 continue
-            meant = f"Such as {key}=" if likely is leaf.default else f"Did you mean {key}="
-            return f"{text}. {meant}{shown(likely)}" + "?" * (likely is not leaf.default)
+            if likely is leaf.default:
+                return f"{text}, such as {key}={shown(likely)}"
+            return f"{text}. Did you mean {key}={shown(likely)}?"
     return text + "."
 
 
@@ -427,7 +430,7 @@ def compose_files(
         OmegaConf.set_struct(composed, False)
         del composed["hydra"]
         data: Any = OmegaConf.to_container(composed, resolve=False)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         reason = " ".join(f"{error} {error.__cause__ or ''}".split())
         where = f"{main.parent} and {extra}" if extra else str(main.parent)
         raise ConfigError([f"The files of {where} do not compose: {reason}"]) from error
@@ -440,7 +443,7 @@ def resolve(data: dict[str, Any], only: Iterable[str] | None = None) -> list[tup
     Hydra's resolvers (`${oc.env:HOME}`, `${now:...}`) are refused: no setting comes from the environment, the clock or
     a function. only: the settings in which `${` is a reference, else all.
     """
-    problems = []
+    problems: list[tuple[str, str]] = []
     allowed = None if only is None else set(only)
 
     def value_of(key: str, seen: tuple[str, ...]) -> Any:
@@ -472,16 +475,18 @@ def resolve(data: dict[str, Any], only: Iterable[str] | None = None) -> list[tup
                 parts[place] = shown(value_of(part[2:-1] if part.endswith("}") else part, seen))
         return "".join(parts)
 
-    for key in {key.partition("[")[0]: None for key, value in items(data) if isinstance(value, str) and "${" in value}:
-        if allowed is None or key in allowed:
-            *above, last = key.split(".")
-            holder: Any = data
-            for name in above:
-                holder = holder[name]
-            try:
-                holder[last] = expand(holder[last], (key,))
-            except ValueError as error:
-                problems.append((key, f"{key}={shown(holder.pop(last))}: {error}. For a literal ${{ write \\${{"))
+    def visit(holder: dict[str, Any], prefix: str) -> None:
+        for name, value in list(holder.items()):
+            key = f"{prefix}{name}"
+            if isinstance(value, dict):
+                visit(value, key + ".")
+            elif "${" in str(value) and (allowed is None or key in allowed):
+                try:
+                    holder[name] = expand(value, (key,))
+                except ValueError as error:
+                    problems.append((key, f"{key}={shown(holder.pop(name))}: {error}. For a literal ${{ write \\${{"))
+
+    visit(data, "")
     return problems
 
 

@@ -30,6 +30,7 @@ import yaml
 
 from train.compose import (
     PLUGINS,
+    Asked,
     ConfigError,
     Count,
     Natural,
@@ -704,16 +705,18 @@ def compose(overrides: Sequence[str], *, config_dir: str | None = None, plugin: 
     if extra is not None and not extra.is_dir():
         raise ConfigError([f"--config-dir {shown(config_dir)}: must be a directory of groups, laid out as conf/."])
     options = find_options(CONF, *([extra] if extra else []))
-    options.pop("local", None)
-    asked = read_overrides(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
-    data, chosen = compose_files(CONF / "config.yaml", to_dict(Config()), asked.choices, extra)
+    asked = _asked(overrides, options)
+    try:
+        data, chosen = compose_files(CONF / "config.yaml", to_dict(Config()), asked.choices, extra)
+    except ConfigError as error:
+        raise ConfigError([*asked.problems, *error.problems]) from error
     data["experiment"] = chosen["experiment"]
-    experiment = options["experiment"][chosen["experiment"]]
-    problems = [*asked.problems, *_overreach(experiment, {*WHAT, *WATCHED} - {"run"}, "what is learned")]
+    files = {group: options[group][name] for group, name in chosen.items() if name in options.get(group, {})}
+    problems = [*asked.problems, *_overreach(files["experiment"], {*WHAT, *WATCHED} - {"run"}, "what is learned")]
     if LOCAL.exists():
+        files["local"] = LOCAL
         problems += _overreach(LOCAL, {*WHERE, *HOW, *WATCHED, "data.cache_dir"}, "what this machine is")
-    files = [LOCAL, *(options[group][name] for group, name in chosen.items() if name in options.get(group, {}))]
-    return _checked(data, asked.values, problems, [file for file in files if file.exists()])
+    return _checked(data, asked.values, problems, list(files.values()))
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -725,7 +728,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     path = path / "config.yaml" if path.is_dir() else path
     data = read_yaml(path)
-    asked = read_overrides(overrides, leaves(Config), find_options(CONF), several=["tracker"], synonyms=SYNONYMS)
+    asked = _asked(overrides, find_options(CONF))
     for group in [group for group in asked.choices if group not in (*WHERE, *HOW, *WATCHED)]:
         given = f"{group}={shown(asked.choices.pop(group))}"
         asked.problems.append(f"{given}: a run keeps the {group} it began with; set single settings, or begin another.")
@@ -735,10 +738,15 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
     return _checked(data, asked.values, asked.problems, [path], references=asked.values)
 
 
+def _asked(overrides: Sequence[str], options: dict[str, dict[str, Path]]) -> Asked:
+    options.pop("local", None)  # of this machine; nobody chooses it
+    return read_overrides(overrides, leaves(Config), options, several=["tracker"], synonyms=SYNONYMS)
+
+
 def _overreach(path: Path, allowed: set[str], role: str) -> list[str]:
     """What a file sets or selects though another side owns it: an experiment a machine, a machine an experiment."""
     data = read_yaml(path)
-    defaults = [str(key) for entry in data.pop("defaults", []) if isinstance(entry, Mapping) for key in entry]
+    defaults = [str(key) for entry in data.pop("defaults", None) or [] if isinstance(entry, Mapping) for key in entry]
     selected = [key.partition("/")[2].partition("@")[0] for key in defaults if "/" in key]
     keys = [key for key, _ in items(data) if key and not {key, re.split(r"[.\[]", key)[0]} & allowed]
     keys += [group for group in selected if group not in allowed]
