@@ -206,7 +206,10 @@ def _start(
     rundir.wait_until_free(run, say=say)
     run.create()
     rundir.write_config(cfg, run, identity)
-    return local.supervise(started, run, say)
+    code = local.supervise(started, run, say)
+    if code not in (rundir.EXIT_FINISHED, rundir.EXIT_STOPPED):  # of these two the run itself has told
+        say(f"\n{describe.show_result(run)}")
+    return code
 
 
 def _prepared(cfg: Config) -> Prepared:

@@ -79,13 +79,13 @@ def launch(cfg: Config, run: RunDir, arguments: list[str], *, module: str = "tra
     Raises ConfigError if this machine has not the devices that `cfg.hardware` names.
     """
     processes = world_size(cfg)
-    threads = max(1, cores() // processes)
+    threads = max(1, min(cores() // processes, int(os.environ.get("OMP_NUM_THREADS") or 2**31)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     command += ["--num_machines", "1", "--machine_rank", "0", "--num_processes", str(processes)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     if processes > 1:  # on a CPU too: `--cpu --num_processes N` starts one process, this flag means torchrun
         command += ["--multi_gpu", "--main_process_port", "0", "--max_restarts", str(cfg.run.max_restarts)]
-    command += ["--module", module, *arguments]
+    command += ["--quiet", "--module", module, *arguments]  # quiet: the script's own error is the last word
     environment = {
         "GEARSHIFT_ATTEMPT_TOKEN": str(run.last_attempt() + 1),
         "OMP_NUM_THREADS": str(threads),

@@ -282,6 +282,7 @@ def test_more_ranks_than_samples_are_refused(two_cards: None) -> None:
 
 def test_flags_of_one_process_and_of_several(run: RunDir, monkeypatch) -> None:
     monkeypatch.setattr(local, "cores", lambda: 7)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     one = local.launch(settings("run.max_restarts=2"), run, ["--config", "c"])
     assert "--multi_gpu" not in one.command
     assert one.command[-4:] == ["--module", "train", "--config", "c"]
@@ -299,6 +300,9 @@ def test_flags_of_one_process_and_of_several(run: RunDir, monkeypatch) -> None:
         assert flag in flags
     assert three.environment["OMP_NUM_THREADS"] == "2"
     assert three.restarts == 0
+    for asked, given in (("1", "1"), ("64", "2")):  # more threads than cores is never what was meant
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert local.launch(settings("hardware.devices_per_node=3"), run, []).environment["OMP_NUM_THREADS"] == given
 
 
 def test_settings_of_other_launches_do_not_leak_in(run: RunDir, monkeypatch) -> None:

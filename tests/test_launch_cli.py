@@ -1,0 +1,300 @@
+"""The `gearshift` command as a user types it: what it refuses, what it shows, and whole runs with their exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from train import rundir
+from train.rundir import RunDir
+
+GEARSHIFT = [sys.executable, "-m", "launch"]
+WITHOUT_TORCH = [
+    sys.executable,
+    "-c",
+    "import sys\n"
+    "for name in ('torch', 'transformers', 'accelerate', 'deepspeed', 'wandb'): sys.modules[name] = None\n"
+    "from launch.cli import main; main()",
+]
+"""The same command in a process where importing a heavy library is an error."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few small files to train on, and a cache beside them that the tests of this module share."""
+    root = tmp_path_factory.mktemp("text")
+    for number in range(20):
+        lines = (f"def f_{number}_{line}(x):\n    return x + {line * number}\n" for line in range(40))
+        (root / f"file_{number}.py").write_text("\n".join(lines))
+    return root
+
+
+Command = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def settings(text: Path, tmp_path: Path) -> list[str]:
+    """Overrides of a run that takes a second, but for imports."""
+    return [
+        *("hardware=cpu", f"data.path={text}", f"data.cache_dir={text.parent}/cache", "data.tokenizer=bytes"),
+        *("data.seq_len=32", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "optim.warmup_steps=0"),
+        *("train.global_batch_size=4", "train.max_steps=6", "train.precision=fp32", "tracker=none", "log.every=1"),
+        *("eval.every=null", "eval.max_samples=4", "eval.sample_tokens=4", f"run.root={tmp_path}/runs", "run.name=r"),
+    ]
+
+
+@pytest.fixture
+def gearshift(tmp_path: Path, monkeypatch) -> Command:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: object, command: list[str] = GEARSHIFT) -> subprocess.CompletedProcess:
+        return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, timeout=240)
+
+    return call
+
+
+# ------------------------------------------------------------------------------------------- start-up and refusals
+
+
+def test_help_is_quick_and_imports_nothing_heavy(gearshift: Command) -> None:
+    times = []
+    for _ in range(3):
+        before = time.perf_counter()
+        shown = gearshift("--help", command=WITHOUT_TORCH)
+        times.append(time.perf_counter() - before)
+        assert shown.returncode == 0
+        assert "75 stopped and saved" in shown.stdout
+    assert min(times) < 0.5
+
+
+def test_a_config_error_says_everything_at_once_without_torch(gearshift: Command) -> None:
+    times = []
+    for _ in range(3):
+        before = time.perf_counter()
+        wrong = gearshift(
+            "run", "optim.lrr=1", "train.global_batch_size=-3", "experiment=lm_stdlb", command=WITHOUT_TORCH
+        )
+        times.append(time.perf_counter() - before)
+        assert wrong.returncode == 2
+        for part in ("optim.lr", "train.global_batch_size", "lm_stdlib"):
+            assert part in wrong.stderr
+        assert "Traceback" not in wrong.stderr
+        assert wrong.stdout == ""
+    assert min(times) < 1
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["rum"], "'run'"),
+        (["run", "--fool"], "--fool"),
+        (["run", "-m", "seed=1,2"], "sweeps"),
+        (["resume"], "RUN"),
+        (["resume", "nowhere"], "nowhere is not a run directory"),
+        (["resume", "nowhere", "--step", "newest"], "--step newest"),
+        (["run", "run.name=../escape"], "run.name"),
+        (["run", "--plugin", "no_such_module"], "no_such_module"),
+        (["run", "--config-dir", "no_such_dir"], "no_such_dir"),
+        (["run", "hardware=nodes_2x8x80gb", "hardware.device=cpu"], "hardware.nodes"),
+        (["run", "data.path=no/such/file"], "no/such/file"),
+        (["prepare", "data.path=no/such/file"], "no/such/file"),
+    ],
+)
+def test_refusals_name_what_was_given_and_leave_nothing(
+    gearshift: Command, tmp_path: Path, settings: list[str], words: list[str], part: str
+) -> None:
+    base = settings if words[0] in ("run", "prepare") else []
+    wrong = gearshift(words[0], *base, *words[1:], command=WITHOUT_TORCH)
+    assert wrong.returncode == 2, wrong.stderr
+    assert part in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_shows_everything_starts_nothing_and_is_deterministic(
+    gearshift: Command, tmp_path: Path, settings: list[str]
+) -> None:
+    first = gearshift("run", *settings, "--dry-run", command=WITHOUT_TORCH)
+    second = gearshift("run", "--dry-run", *settings, command=WITHOUT_TORCH)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout == second.stdout
+    for part in ("global_batch_size: 4", "# math_hash ", "# exec_hash ", "OMP_NUM_THREADS=", "--num_processes 1"):
+        assert part in first.stdout
+    assert f"--config {tmp_path}/runs/r/config.yaml" in first.stdout
+    assert not (tmp_path / "runs").exists()
+    other = gearshift("run", *settings, "--dry-run", "strategy=ddp", command=WITHOUT_TORCH)
+    lines = dict(line.split()[1:3] for line in first.stdout.splitlines() if line.startswith("# "))
+    changed = dict(line.split()[1:3] for line in other.stdout.splitlines() if line.startswith("# "))
+    assert changed["math_hash"] == lines["math_hash"]
+    assert changed["exec_hash"] != lines["exec_hash"]
+
+
+def test_without_a_name_the_directory_is_named_by_experiment_and_hash(gearshift: Command, settings: list[str]) -> None:
+    shown = gearshift("run", *settings, "run.name=null", "--dry-run")
+    lines = dict(line.split()[1:3] for line in shown.stdout.splitlines() if line.startswith("# "))
+    assert Path(lines["run"]).name == f"lm_stdlib-{lines['math_hash'][:8]}"
+
+
+def test_prepare_shows_three_samples(gearshift: Command, settings: list[str]) -> None:
+    shown = gearshift("prepare", *settings, command=WITHOUT_TORCH)
+    assert shown.returncode == 0, shown.stderr
+    assert "return x" in shown.stdout
+    assert "train_samples" in shown.stdout
+
+
+def test_a_run_in_use_is_refused_and_its_owner_named(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    lock = rundir.Lock.acquire(run)
+    refused = gearshift("run", *settings, command=WITHOUT_TORCH)
+    assert refused.returncode == 1
+    assert f"process {os.getpid()} on" in refused.stderr
+    assert not run.config.exists()
+    lock.release()
+
+
+# ------------------------------------------------------------------------------------------------------------ status
+
+
+def test_status_tells_runs_apart(gearshift: Command, tmp_path: Path) -> None:
+    assert gearshift("status", command=WITHOUT_TORCH).returncode == 1
+    for name, result in (("done", "finished"), ("dead", "running"), ("sweep/000", "stopped"), ("live", "running")):
+        run = RunDir(tmp_path / "runs" / name).create()
+        run.config.write_text("seed: 0\n")
+        run.write_result(result, 1, reason="run.stop_at=3" if result == "stopped" else None, steps=3)
+        rundir.append_line(run.metrics, {"step": 3, "loss": 1.25})
+    lock = rundir.Lock.acquire(run)
+    shown = gearshift("status", command=WITHOUT_TORCH)
+    assert shown.returncode == 0
+    lines = {line.split()[0]: line for line in shown.stdout.splitlines()}
+    assert "finished" in lines["runs/done"]
+    assert "died" in lines["runs/dead"]
+    assert "stopped" in lines["runs/sweep/000"]
+    assert "run.stop_at=3" in lines["runs/sweep/000"]
+    assert f"process {os.getpid()}" in lines["runs/live"]
+    assert "loss 1.2500" in lines["runs/live"]
+    one = json.loads(gearshift("status", "runs/dead", "--json").stdout)
+    assert (one["state"], one["newest"]["step"]) == ("died", 3)
+    assert len(json.loads(gearshift("status", "--json").stdout)) == 4
+    lock.release()
+
+
+# -------------------------------------------------------------------------------------------------------- whole runs
+
+
+def losses(run: RunDir) -> dict[int, str]:
+    """Loss of each step, of the highest attempt that made it."""
+    return {row["step"]: row["loss_hex"] for row in rundir.read_jsonl(run.metrics)}
+
+
+def result_of(run: RunDir) -> dict:
+    result = run.result()
+    assert result is not None
+    return result
+
+
+@pytest.mark.pulse
+def test_a_run_finishes_and_shows_its_result_again(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    done = gearshift("run", *settings)
+    assert done.returncode == 0, done.stderr
+    result = result_of(run)
+    assert (result["status"], result["steps"], result["engine"]["world_size"]) == ("finished", 6, 1)
+    assert len(losses(run)) == 6
+    before = time.perf_counter()
+    again = gearshift("run", *settings, command=WITHOUT_TORCH)
+    assert time.perf_counter() - before < 5
+    assert again.returncode == 0, again.stderr
+    assert "r: finished" in again.stdout
+    assert result_of(run) == result
+    assert gearshift("resume", run.path, command=WITHOUT_TORCH).returncode == 0
+    assert gearshift("resume", run.path, "hardware=auto", "run.stop_at=3", command=WITHOUT_TORCH).returncode == 0
+
+    other = gearshift("run", *settings, "train.max_steps=8")
+    assert other.returncode == 2
+    assert "train.max_steps: 6 -> 8" in other.stderr
+    assert f"gearshift resume {run.path} train.max_steps=8 --accept" in other.stderr
+    accepted = gearshift("resume", run.path, "train.max_steps=8", "--accept")
+    assert accepted.returncode == 0, accepted.stderr
+    assert result_of(run)["steps"] == 8
+    (event,) = [event for event in rundir.read_jsonl(run.events) if event["kind"] == "math_changed"]
+    assert event["changes"] == ["train.max_steps: 6 -> 8"]
+
+
+@pytest.mark.pulse
+def test_a_signal_stops_and_the_same_command_goes_on(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
+    run, whole = RunDir(tmp_path / "runs" / "r"), RunDir(tmp_path / "runs" / "whole")
+    long = [*settings, "train.max_steps=400"]
+    process = subprocess.Popen([*GEARSHIFT, "run", *long], stdout=subprocess.DEVNULL)
+    while (rundir.last_record(run.metrics) or {"step": 0})["step"] < 5:
+        assert process.poll() is None
+        time.sleep(0.02)
+    below = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    result = result_of(run)
+    assert (result["status"], result["reason"]) == ("stopped", "signal SIGTERM")
+    assert 5 <= result["steps"] < 400
+    assert not run.stop.exists()
+    assert not any(child.is_running() for child in below)
+
+    assert gearshift("run", *long).returncode == 0
+    assert result_of(run)["attempt"] == 2
+    assert gearshift("run", *long, "run.name=whole").returncode == 0
+    assert losses(run) == losses(whole)  # bit for bit: the same machine and layout
+
+
+@pytest.mark.pulse
+def test_limits_hold_for_one_command(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    assert gearshift("run", *settings, "run.stop_at=2").returncode == 75
+    assert result_of(run)["reason"] == "run.stop_at=2"
+    elsewhere = tmp_path / "elsewhere" / "copy"
+    elsewhere.parent.mkdir()
+    run.path.rename(elsewhere)
+    assert gearshift("resume", elsewhere).returncode == 0
+    assert result_of(RunDir(elsewhere))["steps"] == 6
+    assert not run.path.exists()
+
+
+@pytest.mark.pulse
+@pytest.mark.ranks
+def test_several_processes_stop_and_go_on(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    two = [*settings, "hardware.devices_per_node=2"]
+    done = gearshift("run", *two, "run.stop_at=3")
+    assert done.returncode == 75, done.stderr
+    assert result_of(run)["engine"]["world_size"] == 2
+    done = gearshift("resume", run.path, "hardware=cpu")
+    assert done.returncode == 0, done.stderr
+    assert result_of(run)["engine"]["world_size"] == 1
+
+
+@pytest.mark.pulse
+@pytest.mark.ranks
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killing_gearshift_leaves_no_orphans(
+    gearshift: Command, tmp_path: Path, settings: list[str], processes: int
+) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    words = [*settings, "train.max_steps=100000", f"hardware.devices_per_node={processes}"]
+    process = subprocess.Popen([*GEARSHIFT, "run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while (rundir.last_record(run.metrics) or {"step": 0})["step"] < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    below = psutil.Process(process.pid).children(recursive=True)
+    assert len(below) >= 1 + processes
+    process.kill()
+    process.wait()
+    _, left = psutil.wait_procs(below, timeout=20)
+    assert not left
+    assert result_of(run)["status"] == "stopped"  # they saved before they left
