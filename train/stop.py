@@ -8,8 +8,10 @@ Does not own: saving and leaving (`main.py`), or writing STOP on a signal to the
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -69,11 +71,15 @@ EARLY: dict = {}
 
 
 def catch_early() -> None:
-    """From the first instant of the process, note a request to stop instead of dying half-imported."""
+    """From the first instant of the process, note a request to stop instead of dying half-imported.
 
+    Under our launcher or an elastic agent, its death is such a request: killed, it can pass nothing on (Linux).
+    """
     def note(number: int, frame: FrameType | None) -> None:
         EARLY.setdefault("reason", signal.Signals(number).name)
         EARLY.setdefault("at", time.monotonic())
 
     for number in SIGNALS:
         signal.signal(number, note)
+    if sys.platform == "linux" and {"GEARSHIFT_ATTEMPT_TOKEN", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
