@@ -18,6 +18,7 @@ and a dataset is anything of the form of `Dataset` below. A plug-in adds a kind:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -33,8 +34,8 @@ KINDS: dict[str, str] = {
     "text": "train.data.text",
     "chat": "train.data.chat",
     "images": "train.data.images",
-    "digits": "train.data.images",
-    "digit_scenes": "train.data.images",
+    "digits": "train.data.digits",
+    "digit_scenes": "train.data.digits",
 }
 """Kind of data -> the module that reads it, imported when it is first asked for."""
 
@@ -75,9 +76,12 @@ class Prepared:
 def prepare(cfg: Config, say: Callable[[str], None] = print) -> Prepared:
     """Make the data of `cfg` ready, or find that it is. Safe to call from several processes at once.
 
-    `say` gets a line per thing worth knowing; nothing when everything was there. Raises DataError.
+    `say` gets a line per thing worth knowing. Raises DataError.
     """
-    return _module(cfg.data.kind).prepare(cfg, say)
+    prepared: Prepared = _module(cfg.data.kind).prepare(cfg, say)
+    if cfg.model.path is not None:
+        prepared.fingerprints["model"] = _weights(cfg, say)
+    return prepared
 
 
 def open_datasets(prepared: Prepared, cfg: Config) -> tuple[list[Dataset], Dataset]:
@@ -93,6 +97,30 @@ def show(prepared: Prepared, cfg: Config) -> list[str]:
 def weights(cfg: Config) -> list[float]:
     """Relative weight of each training source, for `order.Order`."""
     return [source.weight for source in cfg.data.sources] or [1.0]
+
+
+def _weights(cfg: Config, say: Callable[[str], None]) -> str:
+    """The content of `model.path`: of its files, of a run's checkpoint, or the commit of a hub id."""
+    from train.data import cache, hub
+
+    assert cfg.model.path is not None
+    root, where = cache.cache_root(cfg), Path(cfg.model.path).expanduser()
+    if not where.is_dir():
+        named = hub.parse(cfg.model.path)
+        if named is None:
+            raise DataError(f"model.path={cfg.model.path}: there is no such directory.")
+        commit = hub.commit("model", named[0], named[1] or cfg.model.revision, root, say)
+        return cache.fingerprint("hub", named[0], commit, cfg.model.gguf_file)
+    manifests = sorted(where.glob("checkpoints/step-*/manifest.json"))
+    if manifests:  # a manifest hashes every file beside it
+        best = json.loads(manifests[-1].read_text())["counters"].get("best_step") or 0
+        chosen = where / f"checkpoints/step-{best:08d}/manifest.json"
+        files = [chosen if chosen.is_file() else manifests[-1]]
+    elif cfg.model.gguf_file:
+        files = [where / cfg.model.gguf_file]
+    else:
+        files = sorted([*where.glob("*.safetensors"), *where.glob("config.json")])
+    return cache.fingerprint(cache.identify(root, where, [(file.name, file) for file in files]))
 
 
 def _module(kind: str) -> Any:

@@ -96,7 +96,7 @@ def held_out(name: str, data: DataConfig) -> bool:
     """Whether the document or image of this name is validation data: a function of the name and the settings alone."""
     if data.val_path is not None:
         return False
-    at = share(name)
+    at = share(f"held-out/{name}")  # the prefix parts this from other uses of the hash
     return int(at * data.folds) == data.fold if data.fold is not None else at < data.val_fraction
 
 
