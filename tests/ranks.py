@@ -71,18 +71,18 @@ def result(directory: Path) -> dict:
 
 
 def _worker(jobs: list[list[str]], setup: str) -> None:
+    if setup:
+        exec(setup, {})
     import torch.distributed as dist
 
     from train import config, lifecycle, main
 
-    if setup:
-        exec(setup, {})
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     errors: list[str | None] = []
     for job in jobs:
         try:
-            main.train(config.compose(job), lifecycle.Request())
+            main.train(config.compose(job, plugin=os.environ.get("GEARSHIFT_PLUGIN")), lifecycle.Request())
             errors.append(None)
         except BaseException:
             errors.append(traceback.format_exc())

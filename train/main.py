@@ -38,7 +38,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     # ------------------------------------------------------------------------------------------------- Task and model
     task = tasks.TASKS[cfg.task.name](cfg, prepared)
     metric = cfg.eval.metric or task.objective
-    model = task.build_model()  # parameters on the meta device: nothing is allocated until the strategy says where
+    with models.parameters_on_meta():  # nothing is allocated until the strategy says where; a plug-in's model included
+        model = task.build_model()
 
     # ----------------------------------------------------------------------------------------------------------- Data
     train_sets, val_set = data.open_datasets(prepared, cfg)

@@ -59,10 +59,14 @@ class FSDP2(Strategy):
 
     def piece(self, p: Tensor) -> tuple[int, Tensor]:
         """Whole rows: sharded on dimension 0 in chunks of ceil(rows / W), so the last ranks may hold fewer, or none."""
-        assert isinstance(p, DTensor)
+        assert isinstance(p, DTensor), type(p)
         _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         row = p.numel() // p.shape[0] if p.ndim else 1
         return (offset[0] * row if p.ndim else 0), p.to_local()
+
+    def _swap_ema(self, masters: dict[str, Tensor]) -> None:
+        self.module.reshard()  # a forward without a backward (an evaluation) leaves the outermost parameters gathered
+        super()._swap_ema(masters)
 
     def grad_norm(self) -> Tensor:
         gradients = [p.grad for p in self.trainable().values() if p.grad is not None]

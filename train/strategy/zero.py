@@ -248,11 +248,12 @@ class Zero(Strategy):
     def _make_state(self) -> None:
         """The inner optimizer is lazy: before the first step its state is nowhere."""
         inner = self.zero.optimizer
-        if all(f in inner.state and inner.state[f] for f in self._flat() if f.numel()):
-            return
-        for flat in self._flat():
-            inner.state[flat] = {"step": self._count(0), **{k: torch.zeros_like(flat) for k in self.kinds()[1:]}}
+        if not all(inner.state.get(f) for f in self._flat() if f.numel()):
+            for flat in self._flat():
+                inner.state[flat] = {"step": self._count(0), **{k: torch.zeros_like(flat) for k in self.kinds()[1:]}}
         if self.stage < 3:
+            # Linked anew each time: DeepSpeed links after the step of its first parameter group, before the second has
+            # any state, and then believes that it is done.
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
