@@ -97,6 +97,7 @@ WRONG = {
     "optim.ema=1": "between 0 and 1",
     "data.val_fraction=1": "from 0 to below 1",
     "seed=-1": "0 to 2^63 - 1",
+    "train.max_tokens=1" + "0" * 400: "must be a number, above 0",
     "run.name=../x": "letters, digits and . _ -",
     "run.name=.x": "letters, digits and . _ -",
     "run.name=-x": "letters, digits and . _ -",
@@ -147,6 +148,17 @@ def test_each_wrong_override_is_named_with_what_to_type(cfg: Config) -> None:
     assert not re.search(r"Config\b(?!\.)\w*\(|\w+Config\b|NoneType|Traceback|<class", shown), (
         "a Python name in a message"
     )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(max_size=12) | st.sampled_from([line.partition("=")[0] for line in WRONG]),
+    st.text(st.sampled_from("abc019.,:=+-~[]{}()'\"\\$ \n\t\0\xe9\u4e2d"), max_size=16),
+)
+def test_no_override_ends_in_a_traceback(key: str, value: str) -> None:
+    asked = config.read_overrides([f"{key}={value}"], config.leaves(Config), config.find_options(config.CONF))
+    assert len(asked.problems) + len(asked.values) + len(asked.choices) == 1
+    assert all(text.isprintable() for text in asked.problems)
 
 
 def test_all_problems_come_in_one_message() -> None:

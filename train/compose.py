@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib
-import math
 import os
 import re
 import sys
@@ -128,7 +127,11 @@ def convert(hint: Any, value: Any) -> Any:
         # YAML 1.1 reads 1e-3 as text.
         if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", value):
             value = float(value) if re.search(r"[.eE]", value) else int(value)
-        if isinstance(value, int | float) and math.isfinite(value) and (hint is float or value == int(value)):
+        if (
+            isinstance(value, int | float)
+            and abs(value) <= sys.float_info.max
+            and (hint is float or value == int(value))
+        ):
             return hint(value)
     raise ValueError(words(hint))
 
@@ -360,7 +363,7 @@ def _not_parsed(line: str, error: Exception, known: Mapping[str, Leaf], options:
         return f"{shown(line)}: a setting is written key=value, as in {shown(key)}={example}"
     if key in known and not re.search(r"[\"'\[\]{}]", value):
         return f"{shown(line)}: this value needs quotes: {key}='\"{shown(value)}\"'"
-    return f"{shown(line)}: cannot be read: {(str(error).splitlines() or [''])[0]}"
+    return f"{shown(line)}: cannot be read: {shown((str(error).splitlines() or [''])[0])}"
 
 
 def _choose(asked: Asked, group: str, value: Any, text: str, options: Mapping[str, Path], several: bool) -> str | None:
