@@ -255,7 +255,7 @@ def mismatch(key: str, value: Any, leaf: Leaf) -> str:
             except ValueError:
                 continue
             if likely is leaf.default:
-                return f"{text}, such as {key}={shown(likely)}"
+                return f"{text}, for example {key}={shown(likely)}"
             return f"{text}. Did you mean {key}={shown(likely)}?"
     return text + "."
 
@@ -332,9 +332,10 @@ def read_overrides(
         elif one.package is not None:
             problem = f"{shown(line)}: a group has one place; write {key}={shown(text)}"
         elif one.type is OverrideType.DEL:
-            problem = f"{shown(line)}: nothing can be taken away; set {key} to another value" + (
-                f", such as {key}=none." if "none" in options.get(key, {}) else ", such as null where it may be."
+            instead = (
+                f"choose one of {', '.join(options[key])}" if key in options else f"set {key} to a value, or to null"
             )
+            problem = f"{shown(line)}: nothing can be taken away; {instead}."
         elif one.is_sweep_override():
             alone = f"For one run, a list is {key}=[...], text with a comma {key}='\"...\"'"
             problem = f"{shown(line)}: several values are a sweep: gearshift run -m {shown(line)}. {alone}"
