@@ -206,8 +206,8 @@ def _store(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-# `accelerate launch` always exports these two, with these values for "not set".
-_UNSET = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no"}
+# `accelerate launch` always exports ACCELERATE_MIXED_PRECISION and ACCELERATE_DYNAMO_*, in these words where not set.
+_UNSET = {"no", "false", "default"}
 # Set by the launch flags we document (--multi_gpu, --use_deepspeed, --cpu), which choose processes, not the engine.
 _HARMLESS = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_",
              "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU")  # fmt: skip
@@ -219,7 +219,7 @@ def _neutralise_environment(name: str) -> None:
     foreign = []
     for key in [k for k in os.environ if k.startswith(("ACCELERATE_", "FSDP_"))]:
         value = os.environ.pop(key)
-        if _UNSET.get(key, "").lower() != value.lower() and not key.startswith(_HARMLESS):
+        if value.lower() not in _UNSET and not key.startswith(_HARMLESS):
             foreign.append(f"{key}={value}")
     if foreign and os.environ.get("RANK", "0") == "0":
         log.warning("ignored %s (from an accelerate config or the environment): strategy=%s and train.precision decide",
