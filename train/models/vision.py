@@ -1,0 +1,257 @@
+"""Networks for pictures, from scratch or from a checkpoint.
+
+Owns: `unet` (a class per pixel), `vit` and `convnet` (a class per picture), and `stand_alone`, what a network of
+transformers needs to be trained like them: BatchNorm statistics that stand still, no draws from a global generator.
+
+Does not own: starting values (`train/models/__init__.py`, except where a layer says `initial`), reading checkpoints
+(`pretrained.py`), normalisation of pixels (`train/data/views.py`), the loss.
+
+All take normalised images, float [B, C, H, W], and return logits [B, K] or, for a class per pixel, [B, K, H, W]. No
+layer looks across samples: normalisation is over the channels and pixels of one sample, so a batch may be cut anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from train.models import KeyedDropout, ModelError
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+
+def unet(cfg: Config, info: Mapping[str, Any]) -> UNet:
+    """U-Net of `model.num_layers` resolutions; `model.channels` in the first, doubling up to eight times that."""
+    m = cfg.model
+    return UNet(info["channels"], info["num_classes"], _widths(m.channels, m.num_layers), m.dropout, m.norm_eps)
+
+
+def convnet(cfg: Config, info: Mapping[str, Any]) -> ConvNet:
+    """ConvNeXt-like: patches of `model.patch_size`, then `model.num_layers` stages, `model.channels` and doubling."""
+    m = cfg.model
+    widths = _widths(m.channels, m.num_layers)
+    return ConvNet(info["channels"], info["num_classes"], widths, m.patch_size, m.dropout, m.norm_eps)
+
+
+def vit(cfg: Config, info: Mapping[str, Any]) -> ViT:
+    """Vision transformer over squares of `data.image_size`. Raises ModelError where patches or heads do not divide."""
+    m, size = cfg.model, cfg.data.image_size
+    if size % m.patch_size:
+        raise ModelError(
+            f"data.image_size={size} is not a multiple of model.patch_size={m.patch_size}. "
+            f"Set data.image_size={max(1, size // m.patch_size) * m.patch_size}, or a model.patch_size that divides it."
+        )
+    if m.hidden_size % m.num_heads:
+        raise ModelError(f"model.hidden_size={m.hidden_size} is not a multiple of model.num_heads={m.num_heads}.")
+    return ViT(
+        info["channels"],
+        info["num_classes"],
+        grid=size // m.patch_size,
+        patch=m.patch_size,
+        width=m.hidden_size,
+        hidden=m.intermediate_size or 4 * m.hidden_size,
+        layers=m.num_layers,
+        heads=m.num_heads,
+        dropout=m.dropout,
+        eps=m.norm_eps,
+    )
+
+
+def stand_alone(model: nn.Module) -> nn.Module:
+    """Make a network from elsewhere treat each sample alone and the same each time; changes `model` and returns it.
+
+    BatchNorm runs on the statistics it came with and never updates them (its scale and shift train like any parameter);
+    stochastic depth, which draws from the device's generator, is switched off. Names of parameters do not change.
+    """
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = FrozenBatchNorm2d  # in place: parameters, buffers and their names stay what they are
+        elif type(module).__name__.endswith("DropPath"):
+            module.drop_prob = 0.0  # type: ignore[assignment]
+    return model
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm on its running statistics in training too, so that no sample sees another."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+# ---- U-Net -----------------------------------------------------------------------------------------------------------
+
+
+class UNet(nn.Module):
+    """Down through `widths`, back up with skips. Any height and width: odd ones are rounded up on the way down."""
+
+    def __init__(self, channels: int, num_classes: int, widths: list[int], dropout: float, eps: float) -> None:
+        super().__init__()
+        pairs = list(pairwise(widths))
+        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.down = nn.ModuleList(Residual(a, a, eps=eps) for a in widths[:-1])
+        self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.middle = nn.ModuleList([Residual(widths[-1], widths[-1], dropout, eps)])
+        self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
+        self.up = nn.ModuleList(Residual(2 * a, a, eps=eps) for a, _ in reversed(pairs))
+        self.head = nn.Sequential(_group_norm(widths[0], eps), nn.SiLU(), nn.Conv2d(widths[0], num_classes, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x, skips = self.stem(image), []
+        for block, shrink in zip(self.down, self.shrink, strict=True):
+            x = block(x)
+            skips.append(x)
+            x = shrink(x)
+        for block in self.middle:
+            x = block(x)
+        for grow, block in zip(self.grow, self.up, strict=True):
+            skip = skips.pop()
+            x = block(torch.cat([skip, F.interpolate(grow(x), size=skip.shape[-2:], mode="nearest")], dim=1))
+        return self.head(x)
+
+
+class Residual(nn.Module):
+    """Two 3x3 convolutions, each after GroupNorm and SiLU, beside a 1x1 one where the width changes."""
+
+    def __init__(self, channels_in: int, channels_out: int, dropout: float = 0.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _group_norm(channels_in, eps), _group_norm(channels_out, eps)
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.dropout = KeyedDropout(dropout)
+        self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.silu(self.norm1(x)))
+        y = self.conv2(self.dropout(F.silu(self.norm2(y))))
+        return self.skip(x) + y
+
+
+# ---- ConvNet ---------------------------------------------------------------------------------------------------------
+
+
+class ConvNet(nn.Module):
+    """Patches, stages of depthwise blocks with halving in between, mean over pixels, linear."""
+
+    def __init__(
+        self, channels: int, num_classes: int, widths: list[int], patch: int, dropout: float, eps: float
+    ) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(channels, widths[0], patch + 2, stride=patch, padding=1)
+        self.stages = nn.ModuleList(
+            nn.Sequential(
+                *([nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1)] if i else []),
+                *(Mixer(width, dropout, eps) for _ in range(2)),
+            )
+            for i, width in enumerate(widths)
+        )
+        self.norm = nn.LayerNorm(widths[-1], eps)
+        self.head = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.stem(image)
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(self.norm(x.mean(dim=(2, 3))))
+
+
+class Mixer(nn.Module):
+    """ConvNeXt block: 5x5 depthwise convolution, one GroupNorm over the sample, an MLP four times as wide."""
+
+    def __init__(self, width: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.spatial = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.GroupNorm(1, width, eps)
+        self.grow = nn.Conv2d(width, 4 * width, 1)
+        self.project = nn.Conv2d(4 * width, width, 1)
+        self.dropout = KeyedDropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.dropout(self.project(F.gelu(self.grow(self.norm(self.spatial(x))))))
+
+
+# ---- ViT -------------------------------------------------------------------------------------------------------------
+
+
+class ViT(nn.Module):
+    """Patches of a `grid` x `grid` square with learned positions, pre-norm blocks, mean over patches, linear."""
+
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        *,
+        grid: int,
+        patch: int,
+        width: int,
+        hidden: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+        eps: float,
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embed = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Parameter(torch.empty(1, grid * grid, width))
+        self.dropout = KeyedDropout(dropout)
+        self.blocks = nn.ModuleList(Block(width, hidden, heads, dropout, eps) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps)
+        self.head = nn.Linear(width, num_classes)
+
+    def initial(self, name: str, generator: torch.Generator) -> Tensor | None:
+        """Positions start from sines and cosines of row and column: neighbours are alike from the first step."""
+        return _sincos(self.grid, self.positions.shape[2]) if name == "positions" else None
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.dropout(self.embed(image).flatten(2).transpose(1, 2) + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(dim=1))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each after LayerNorm and with dropout before it joins the residual stream."""
+
+    def __init__(self, width: int, hidden: int, heads: int, dropout: float, eps: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.grow, self.project = nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.dropout1, self.dropout2 = KeyedDropout(dropout), KeyedDropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.dropout1(self.out(mixed))
+        return x + self.dropout2(self.project(F.gelu(self.grow(self.norm2(x)))))
+
+
+def _sincos(grid: int, width: int) -> Tensor:
+    """[1, grid * grid, width]: a quarter each for sines and cosines of the row and of the column, 0 in the rest."""
+    quarter = width // 4
+    rates = torch.exp(torch.arange(quarter, dtype=torch.float64) * (-math.log(100.0) / max(1, quarter)))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * rates
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    table = torch.zeros(grid, grid, width, dtype=torch.float64)
+    table[..., : 2 * quarter] = waves[:, None]
+    table[..., 2 * quarter : 4 * quarter] = waves[None, :]
+    return table.view(1, grid * grid, width).float() * 0.1
+
+
+def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(channels, 8), channels, eps)
+
+
+def _widths(first: int, count: int) -> list[int]:
+    if count < 1:
+        raise ModelError(f"model.num_layers={count}: give at least 1.")
+    return [first * min(2**i, 8) for i in range(count)]
