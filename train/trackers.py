@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -245,10 +245,12 @@ def _serve() -> None:
     spec = json.loads(messages.readline())
     threading.Thread(target=_receive, args=(messages, inbox), daemon=True).start()
     threading.Thread(target=_watch, args=(spec["pid"],), daemon=True).start()
+    make: dict[str, Callable[[dict[str, Any]], _Tracker]]
+    make = {"wandb": _WandB, "mlflow": _MLflow, "tensorboard": _TensorBoard}
     try:
         importlib.import_module(spec["tracker"])
-        answer()
-        tracker: _Tracker = {"wandb": _WandB, "mlflow": _MLflow, "tensorboard": _TensorBoard}[spec["tracker"]](spec)
+        answer()  # a sign of life after each long part
+        tracker = make[spec["tracker"]](spec)
         answer()
     except Exception as error:
         answer(warning=f"refused to start: {_told(error)}")
