@@ -48,7 +48,7 @@ def settings(text: Path, tmp_path: Path) -> list[str]:
         *("hardware=cpu", f"data.path={text}", f"data.cache_dir={text.parent}/cache", "data.tokenizer=bytes"),
         *("data.seq_len=32", "model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "optim.warmup_steps=0"),
         *("train.global_batch_size=4", "train.max_steps=6", "train.precision=fp32", "tracker=none", "log.every=1"),
-        *("eval.every=null", "eval.max_samples=4", "eval.sample_tokens=4", f"run.root={tmp_path}/runs", "run.name=r"),
+        *("eval.every=null", "eval.max_samples=4", "eval.samples=0", f"run.root={tmp_path}/runs", "run.name=r"),
     ]
 
 
@@ -191,107 +191,90 @@ def test_status_tells_runs_apart(gearshift: Command, tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- whole runs
 
 
-def losses(run: RunDir) -> dict[int, str]:
-    """Loss of each step, of the highest attempt that made it."""
-    return {row["step"]: row["loss_hex"] for row in rundir.read_jsonl(run.metrics)}
-
-
 def result_of(run: RunDir) -> dict:
     result = run.result()
     assert result is not None
     return result
 
 
-@pytest.mark.pulse
-def test_a_run_finishes_and_shows_its_result_again(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
-    run = RunDir(tmp_path / "runs" / "r")
-    done = gearshift("run", *settings)
-    assert done.returncode == 0, done.stderr
-    result = result_of(run)
-    assert (result["status"], result["steps"], result["engine"]["world_size"]) == ("finished", 6, 1)
-    assert len(losses(run)) == 6
-    before = time.perf_counter()
-    again = gearshift("run", *settings, command=WITHOUT_TORCH)
-    assert time.perf_counter() - before < 5
-    assert again.returncode == 0, again.stderr
-    assert "r: finished" in again.stdout
-    assert result_of(run) == result
-    assert gearshift("resume", run.path, command=WITHOUT_TORCH).returncode == 0
-    assert gearshift("resume", run.path, "hardware=auto", "run.stop_at=3", command=WITHOUT_TORCH).returncode == 0
-
-    other = gearshift("run", *settings, "train.max_steps=8")
-    assert other.returncode == 2
-    assert "train.max_steps: 6 -> 8" in other.stderr
-    assert f"gearshift resume {run.path} train.max_steps=8 --accept" in other.stderr
-    accepted = gearshift("resume", run.path, "train.max_steps=8", "--accept")
-    assert accepted.returncode == 0, accepted.stderr
-    assert result_of(run)["steps"] == 8
-    (event,) = [event for event in rundir.read_jsonl(run.events) if event["kind"] == "math_changed"]
-    assert event["changes"] == ["train.max_steps: 6 -> 8"]
-
-
-@pytest.mark.pulse
-def test_a_signal_stops_and_the_same_command_goes_on(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
-    run, whole = RunDir(tmp_path / "runs" / "r"), RunDir(tmp_path / "runs" / "whole")
-    long = [*settings, "train.max_steps=400"]
-    process = subprocess.Popen([*GEARSHIFT, "run", *long], stdout=subprocess.DEVNULL)
-    while (rundir.last_record(run.metrics) or {"step": 0})["step"] < 5:
+def started(words: list[str], run: RunDir, step: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """`gearshift run` once it has trained up to `step`, and every process below it."""
+    process = subprocess.Popen([*GEARSHIFT, "run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while (rundir.last_record(run.metrics) or {"step": 0})["step"] < step:
         assert process.poll() is None
         time.sleep(0.02)
-    below = psutil.Process(process.pid).children(recursive=True)
+    return process, psutil.Process(process.pid).children(recursive=True)
+
+
+@pytest.mark.pulse
+def test_stopped_resumed_finished_shown_and_trained_longer(
+    gearshift: Command, tmp_path: Path, settings: list[str]
+) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    words = [*settings, "train.max_steps=400"]
+    process, below = started(words, run, step=5)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
-    result = result_of(run)
-    assert (result["status"], result["reason"]) == ("stopped", "signal SIGTERM")
-    assert 5 <= result["steps"] < 400
+    stopped = result_of(run)
+    assert (stopped["status"], stopped["reason"]) == ("stopped", "signal SIGTERM")
+    assert 5 <= stopped["steps"] < 400
     assert not run.stop.exists()
     assert not any(child.is_running() for child in below)
 
-    assert gearshift("run", *long).returncode == 0
-    assert result_of(run)["attempt"] == 2
-    assert gearshift("run", *long, "run.name=whole").returncode == 0
-    assert losses(run) == losses(whole)  # bit for bit: the same machine and layout
+    finished = gearshift("run", *words)
+    assert finished.returncode == 0, finished.stderr
+    result = result_of(run)
+    assert (result["status"], result["steps"], result["attempt"]) == ("finished", 400, 2)
+    steps = [row["step"] for row in rundir.read_jsonl(run.metrics)]
+    assert steps == list(range(1, 401))  # a graceful stop loses no step, and repeats none
+
+    for again in (["run", *words], ["resume", run.path], ["resume", run.path, "strategy=single", "run.stop_at=3"]):
+        before = time.perf_counter()
+        shown = gearshift(*again, command=WITHOUT_TORCH)
+        assert time.perf_counter() - before < 5
+        assert shown.returncode == 0, shown.stderr
+        assert "r: finished" in shown.stdout
+    assert result_of(run) == result
+
+    other = gearshift("run", *settings, "train.max_steps=402", command=WITHOUT_TORCH)
+    assert other.returncode == 2
+    assert "train.max_steps: 400 -> 402" in other.stderr
+    assert f"gearshift resume {run.path} train.max_steps=402 --accept" in other.stderr
+    accepted = gearshift("resume", run.path, "train.max_steps=402", "--accept")
+    assert accepted.returncode == 0, accepted.stderr
+    assert result_of(run)["steps"] == 402
+    (event,) = [event for event in rundir.read_jsonl(run.events) if event["kind"] == "math_changed"]
+    assert event["changes"] == ["train.max_steps: 400 -> 402"]
 
 
 @pytest.mark.pulse
-def test_limits_hold_for_one_command(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
-    run = RunDir(tmp_path / "runs" / "r")
-    assert gearshift("run", *settings, "run.stop_at=2").returncode == 75
-    assert result_of(run)["reason"] == "run.stop_at=2"
-    elsewhere = tmp_path / "elsewhere" / "copy"
-    elsewhere.parent.mkdir()
-    run.path.rename(elsewhere)
-    assert gearshift("resume", elsewhere).returncode == 0
-    assert result_of(RunDir(elsewhere))["steps"] == 6
+@pytest.mark.ranks
+def test_a_stopped_run_goes_on_elsewhere_on_another_number_of_processes(
+    gearshift: Command, tmp_path: Path, settings: list[str]
+) -> None:
+    run, moved = RunDir(tmp_path / "runs" / "r"), RunDir(tmp_path / "elsewhere" / "copy")
+    stopped = gearshift("run", *settings, "hardware.devices_per_node=2", "run.stop_at=3")
+    assert stopped.returncode == 75, stopped.stderr
+    result = result_of(run)
+    assert (result["reason"], result["engine"]["world_size"]) == ("run.stop_at=3", 2)
+    moved.path.parent.mkdir()
+    run.path.rename(moved.path)
+    finished = gearshift("resume", moved.path, "hardware=cpu")  # the limit of the first command does not hold any more
+    assert finished.returncode == 0, finished.stderr
+    after = result_of(moved)
+    assert (after["steps"], after["engine"]["world_size"], after["math_hash"]) == (6, 1, result["math_hash"])
     assert not run.path.exists()
 
 
 @pytest.mark.pulse
 @pytest.mark.ranks
-def test_several_processes_stop_and_go_on(gearshift: Command, tmp_path: Path, settings: list[str]) -> None:
-    run = RunDir(tmp_path / "runs" / "r")
-    two = [*settings, "hardware.devices_per_node=2"]
-    done = gearshift("run", *two, "run.stop_at=3")
-    assert done.returncode == 75, done.stderr
-    assert result_of(run)["engine"]["world_size"] == 2
-    done = gearshift("resume", run.path, "hardware=cpu")
-    assert done.returncode == 0, done.stderr
-    assert result_of(run)["engine"]["world_size"] == 1
-
-
-@pytest.mark.pulse
-@pytest.mark.ranks
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killing_gearshift_leaves_no_orphans(
     gearshift: Command, tmp_path: Path, settings: list[str], processes: int
 ) -> None:
     run = RunDir(tmp_path / "runs" / "r")
     words = [*settings, "train.max_steps=100000", f"hardware.devices_per_node={processes}"]
-    process = subprocess.Popen([*GEARSHIFT, "run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while (rundir.last_record(run.metrics) or {"step": 0})["step"] < 3:
-        assert process.poll() is None
-        time.sleep(0.02)
-    below = psutil.Process(process.pid).children(recursive=True)
+    process, below = started(words, run, step=3)
     assert len(below) >= 1 + processes
     process.kill()
     process.wait()
