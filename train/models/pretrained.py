@@ -110,48 +110,33 @@ def plain_name(name: str) -> str:
 # ---- Where weights are -----------------------------------------------------------------------------------------------
 
 
-def locate(path: str, revision: str | None = None, gguf_file: str | None = None) -> Path:
-    """The directory of `model.path`, fetched from the hub (into its own cache) if it is a hub id.
+def locate(cfg: Config) -> Path:
+    """The directory of `model.path`, fetched from the hub (into its own cache) where it is a hub id.
 
-    Raises ModelError for what does not exist, or may not be read with the credentials at hand.
+    Raises ModelError for a path that does not exist, data.DataError for what the hub does not give.
     """
-    directory = Path(path).expanduser()
+    assert cfg.model.path is not None
+    directory = Path(cfg.model.path).expanduser()
     if directory.is_dir():
         return directory
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise ModelError(f"model.path={path}: there is no such directory.")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    wanted = [gguf_file] if gguf_file else ["*.safetensors", "*.safetensors.index.json"]
+    from train.data import cache, hub
+
+    name, revision = hub.parse(cfg.model.path) or (None, None)
+    if name is None:
+        raise ModelError(f"model.path={cfg.model.path}: there is no such directory.")
+    commit = hub.commit("model", name, revision or cfg.model.revision, cache.cache_root(cfg), log.info)
+    weights = [cfg.model.gguf_file] if cfg.model.gguf_file else ["*.safetensors"]
     try:
-        return Path(
-            snapshot_download(
-                path, revision=revision, allow_patterns=[*wanted, "*.json", "*.jinja", "*.model", "*.txt"]
-            )
-        )
-    except errors.GatedRepoError as error:
-        raise ModelError(
-            f"model.path={path} is gated. Ask for access at https://huggingface.co/{path}, then `hf auth login` "
-            "(or set HF_TOKEN) on this machine."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelError(f"model.revision={revision}: {path} has no such commit, branch or tag.") from error
-    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise ModelError(
-            f"model.path={path} is neither a directory here nor a repository on the hub that this machine may see. "
-            "Check the spelling; for a private one, `hf auth login` (or set HF_TOKEN)."
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise ModelError(
-            f"model.path={path} is not in the hub's cache and the hub cannot be reached. Run `gearshift prepare` where "
-            "there is a network, or give model.path=DIR with a copy (`hf download ID --local-dir DIR`)."
-        ) from error
+        return Path(snapshot_download(name, revision=commit, allow_patterns=[*weights, "*.json"]))
+    except Exception as error:
+        raise hub.explain(error, "model", name, commit) from None
 
 
 def _open(cfg: Config, info: Mapping[str, Any]) -> tuple[nn.Module, Weights]:
     """The model behind `cfg.model.path`, on meta, and its weights by the model's own names."""
-    assert cfg.model.path is not None
-    directory = locate(cfg.model.path, cfg.model.revision, cfg.model.gguf_file)
+    directory = locate(cfg)
     if (directory / "checkpoints").is_dir():
         return _open_run(directory, cfg, info)
     model = _from_config(directory, cfg, info)
@@ -206,13 +191,13 @@ def _from_config(directory: Path, cfg: Config, info: Mapping[str, Any]) -> nn.Mo
         )
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(
-                f"model.path={cfg.model.path} is stored quantised. Give the full-precision model: peft=qlora quantises it."
+                f"model.path={cfg.model.path} is stored quantised. Give it in full precision: peft=qlora quantises it."
             )
         if cfg.task.name in ("classify", "segment") and config.num_labels != info["num_classes"]:
             config.num_labels = info["num_classes"]
         with models.parameters_on_meta():
             model = getattr(transformers, AUTO.get(cfg.task.name, "AutoModel")).from_config(
-                config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+                config, dtype=torch.float32, trust_remote_code=False
             )
     except (ValueError, OSError, ImportError) as error:  # transformers' ways to say no; its text says why
         raise ModelError(f"model.path={cfg.model.path}: transformers cannot build it: {error}") from error
@@ -229,7 +214,7 @@ def _check_language_model(model: nn.Module, cfg: Config, info: Mapping[str, Any]
     rows, config = model.get_input_embeddings().weight.shape[0], model.config
     if info["vocab_size"] > rows:
         raise ModelError(
-            f"The tokenizer has {info['vocab_size']} entries, the model {rows}. Use the model's own: data.tokenizer=bpe."
+            f"The tokenizer has {info['vocab_size']} entries, the model {rows}. data.tokenizer=bpe is the model's own."
         )
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and cfg.data.seq_len > longest:
