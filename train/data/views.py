@@ -6,8 +6,9 @@ a pure function of (seed, epoch, index), resampling, and the colours in which cl
 Does not own: files, formats and which picture is held out (`train/data/images.py`, `train/data/digits.py`). NumPy only.
 
 A picture is an array [height, width, channels] of uint8, uint16 or float32 in [0, 1]; a mask is an integer array
-[height, width] of class ids. Samples hold `image`, float32 [channels, size, size], normalised, and `label` (int64) or `mask`
-(int64 [size, size]); where a view reaches over the edge the image repeats its last row and the mask carries no loss.
+[height, width] of class ids. Samples hold `image`, float32 [channels, size, size], normalised, and `label` (int64) or
+`mask` (int64 [size, size]); where a view reaches over the edge the image repeats its last row and the mask carries no
+loss.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _DRAWS = 11
 class Pictures(Protocol):
     """Pictures with a class each, or a mask each, or neither."""
 
-    names: Sequence[str]
+    names: list[str]
     sizes: np.ndarray
     """int64 [n, 2]: height and width as `load` gives them."""
     full_sizes: np.ndarray

@@ -1,7 +1,7 @@
 """Networks for pictures, from scratch or from a checkpoint.
 
 Owns: `unet` (a class per pixel), `vit` and `convnet` (a class per picture), and `stand_alone`, what a network of
-transformers needs to be trained like them: BatchNorm statistics that stand still, no draws from a global generator.
+transformers needs to be trained like them: BatchNorm statistics that stand still, draws keyed by sample.
 
 Does not own: starting values (`train/models/__init__.py`, except where a layer says `initial`), reading checkpoints
 (`pretrained.py`), normalisation of pixels (`train/data/views.py`), the loss.
@@ -68,13 +68,14 @@ def stand_alone(model: nn.Module) -> nn.Module:
     """Make a network from elsewhere treat each sample alone and the same each time; changes `model` and returns it.
 
     BatchNorm runs on the statistics it came with and never updates them (its scale and shift train like any parameter);
-    stochastic depth, which draws from the device's generator, is switched off. Names of parameters do not change.
+    stochastic depth drops the branches that the sample's key says. Names of parameters do not change.
     """
-    for module in model.modules():
+    for name, module in list(model.named_modules()):
         if type(module) is nn.BatchNorm2d:
             module.__class__ = FrozenBatchNorm2d  # in place: parameters, buffers and their names stay what they are
         elif type(module).__name__.endswith("DropPath"):
-            module.drop_prob = 0.0  # type: ignore[assignment]
+            parent, _, leaf = name.rpartition(".")
+            model.get_submodule(parent)._modules[leaf] = KeyedDropout(float(module.drop_prob or 0.0), axes=1)
     return model
 
 
@@ -124,7 +125,7 @@ class Residual(nn.Module):
         self.norm1, self.norm2 = _group_norm(channels_in, eps), _group_norm(channels_out, eps)
         self.conv1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
         self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
-        self.dropout = KeyedDropout(dropout)
+        self.dropout = KeyedDropout(dropout, axes=2)
         self.skip = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,7 +171,7 @@ class Mixer(nn.Module):
         self.norm = nn.GroupNorm(1, width, eps)
         self.grow = nn.Conv2d(width, 4 * width, 1)
         self.project = nn.Conv2d(4 * width, width, 1)
-        self.dropout = KeyedDropout(dropout)
+        self.dropout = KeyedDropout(dropout, axes=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.dropout(self.project(F.gelu(self.grow(self.norm(self.spatial(x))))))

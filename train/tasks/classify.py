@@ -78,7 +78,7 @@ class Classify(VisionTask):
         self, model: nn.Module, source: Path | None, directory: Path, say: Callable[[str], None] = print
     ) -> dict[str, float]:
         """Write `classes.csv` (file, class, true class, probability of each class) into `directory`, for the pictures
-        of a file or folder, or the held-out ones. Returns metrics where there is a folder per class. Raises DataError."""
+        of a file or folder, or the held-out ones. Returns metrics where there are class folders. Raises DataError."""
         tiles = self.sources(source, say)
         scores, labels = self._scores(model, tiles, len(tiles.pictures.names))
         self._write(open_directory(directory), tiles.pictures.names, scores, labels)
