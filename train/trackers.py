@@ -92,6 +92,7 @@ def open(cfg: Config, run: RunDir, attempt: int, hashes: dict[str, str], *, acti
         "mode": cfg.tracker.mode,
         "config": {**to_dict(cfg), **hashes},
         "pid": os.getpid(),
+        "orphan_s": ORPHAN_S,
         "argv": [scrub(word) for word in sys.argv],
     }
     return Trackers([_Feed(name, {**spec, "tracker": name}, run.logs / f"{name}.log") for name in wanted])
@@ -244,7 +245,7 @@ def _serve() -> None:
 
     spec = json.loads(messages.readline())
     threading.Thread(target=_receive, args=(messages, inbox), daemon=True).start()
-    threading.Thread(target=_watch, args=(spec["pid"],), daemon=True).start()
+    threading.Thread(target=_watch, args=(spec["pid"], spec["orphan_s"]), daemon=True).start()
     make: dict[str, Callable[[dict[str, Any]], _Tracker]]
     make = {"wandb": _WandB, "mlflow": _MLflow, "tensorboard": _TensorBoard}
     try:
@@ -255,31 +256,34 @@ def _serve() -> None:
     except Exception as error:
         answer(warning=f"refused to start: {_told(error)}")
         sys.exit(1)
-    summary: dict[str, Any] | None = None
-    while summary is None:
-        batch = _all_of(inbox)
+
+    def tried(act: Callable[[Any], None], argument: Any) -> None:
         try:
-            if rows := [_numbers(message["row"]) for message in batch if "row" in message]:
-                tracker.log(rows)
-            if "end" in batch[-1]:
-                summary = batch[-1]["end"]
-                tracker.finish(summary)
+            act(argument)
         except Exception as error:
             answer(warning=f"failed: {_told(error)}")
+
+    ends: list[dict[str, Any]] = []
+    while not ends:
+        batch = _all_of(inbox)
+        if rows := [_numbers(message["row"]) for message in batch if "row" in message]:
+            tried(tracker.log, rows)
+        if ends := [message["end"] for message in batch if "end" in message]:
+            tried(tracker.finish, ends[0])
         answer(done=len(batch))
 
 
 def _receive(messages: Iterable[str], inbox: queue.Queue[dict[str, Any]]) -> None:
     for line in messages:
         inbox.put(json.loads(line))
-    inbox.put({"end": {}})  # after the run's own end, nobody looks at this one
+    inbox.put({"end": {}})  # of a run that died; after another end, nobody looks at this one
 
 
-def _watch(run: int) -> None:
-    """No tracker outlives its run for long, hung or not."""
+def _watch(run: int, patience_s: float) -> None:
+    """No tracker outlives its run, the process `run`, for long, hung or not."""
     while os.getppid() == run:
         time.sleep(1.0)
-    time.sleep(ORPHAN_S)
+    time.sleep(patience_s)
     os._exit(1)
 
 
