@@ -143,10 +143,12 @@ def _walk(where: Path, skip: Collection[str] = ()) -> list[tuple[str, Path]]:
 
 def _match(where: Path, pattern: str) -> list[tuple[str, Path]]:
     """The files below a directory that a pattern takes; hidden ones only if the pattern says so."""
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise DataError(f"data.glob={pattern}: give a pattern of files below {where}, e.g. '**/*.txt'.")
     try:
         found = sorted((path.relative_to(where).as_posix(), path) for path in where.glob(pattern) if path.is_file())
-    except (ValueError, NotImplementedError) as error:
-        raise DataError(f"data.glob={pattern}: {error}. Give a pattern below {where}, e.g. '**/*.txt'.") from None
+    except ValueError as error:
+        raise DataError(f"data.glob={pattern}: {error}.") from None
     return [(name, path) for name, path in found if "/." in f"/{pattern}" or not _hidden(name)]
 
 
@@ -244,7 +246,7 @@ def _jsonl(path: Path, data: DataConfig, bad: Bad, columns: Sequence[str] | None
             while piece and not piece.endswith(b"\n"):  # too long to be kept: count the rest of it, a piece at a time
                 piece = file.readline(1 << 20)
                 size += len(piece)
-            if size > limit + 1:
+            if (size := size - piece.endswith(b"\n")) > limit:
                 bad(number, _too_long(size, data))
             elif line.strip():
                 yield from _parsed(number, line, bad)
