@@ -1,4 +1,4 @@
-"""Networks for pictures: no sample sees another, the meta build is the real one, foreign ones are made to stand alone."""
+"""Networks for pictures: no sample sees another, foreign ones are made to stand alone, pixels are as they expect."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_the_unet_takes_any_size(height: int, width: int) -> None:
 def test_patches_and_heads_must_divide() -> None:
     with pytest.raises(models.ModelError, match=r"data.image_size=16 .*model.patch_size=5.*data.image_size=15"):
         models.build(_cfg("vit", "classify", patch_size=5), INFO)
-    with pytest.raises(models.ModelError, match="model.num_heads=3"):
+    with pytest.raises(models.ModelError, match=r"model.num_heads=3"):
         models.build(_cfg("vit", "classify", num_heads=3), INFO)
     with pytest.raises(models.ModelError, match="at least 1"):
         models.build(_cfg("unet", "segment", num_layers=0), INFO)
