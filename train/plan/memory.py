@@ -35,7 +35,7 @@ class Layout:
     offload: str = "none"
     offload_parameters: bool = False
     activation_offload: bool = False
-    compile: bool = False
+    compile: str = "none"  # none, blocks, all (the loss too: described, not run)
     optimizer: str = "adamw"
     momentum: bool = True  # sgd
     foreach: bool = False  # the update makes a temporary of every parameter at once
@@ -47,6 +47,7 @@ class Layout:
     # Described for comparison, never run by this project:
     pure: bool = False  # weights, gradients and moments all in 16 bits
     step_in_backward: bool = False  # each gradient is applied and freed as it appears
+    gathered_twice: bool = True  # weights are dropped after the forward pass and gathered again (full sharding)
     flat: bool = False  # FSDP1: one flat parameter per block, frozen ones in it, whole gradients held while accumulating
     single_quantisation: bool = False  # NF4 without double quantisation
     quantised_inputs: bool = False  # an old bitsandbytes keeps the input of a 4-bit layer
@@ -96,25 +97,25 @@ class Moment:
 
 
 @lru_cache(maxsize=512)
-def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: bool, offloaded: bool) -> tuple[tuple[Moment, ...], float]:
+def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: str, offloaded: bool) -> tuple[tuple[Moment, ...], float]:
     """(the moments of a micro-step, bytes of activations that went to the host). Equal sections in the middle of a stack
     are left out: what they hold lies between what their neighbours hold."""
     sections = list(trace.each())
     blocks = [i for i, s in enumerate(sections) if s.name == "block"]
     again = set(blocks[::checkpointing]) if checkpointing else set()
+    shown = _ends(sections)
     found: list[Moment] = []
     kept: list[float] = []
+    whole: list[float] = []
     saved = host = 0.0
-    shown = _ends(sections)
     for i, s in enumerate(sections):
-        forward = s.forward
-        # In a compiled block what is recomputed need not be kept.
-        own = forward.compiled(micro_batch) if compiled and s.name == "block" else forward.kept(micro_batch)
+        eager = s.forward.kept(micro_batch)
+        fused = compiled != "none" and s.name == "block" or compiled == "all" and s.name == "after"
+        whole.append(s.forward.compiled(micro_batch) if fused else eager)  # what is recomputed need not be kept
         if i in shown:
-            extra = max(forward.peak(micro_batch) - forward.kept(micro_batch) + own, own)
+            extra = max(s.forward.peak(micro_batch) - eager + whole[i], whole[i]) if s.name == "block" or not fused else whole[i]
             found.append(Moment(f"forward of {_label(s, i, blocks)}", s, i, False, saved, 0.0, extra, extra))
-        if i in again:
-            own = s.inputs(micro_batch)
+        own = s.inputs(micro_batch) if i in again else whole[i]
         if offloaded and s.name == "block":
             host, own = host + own, 0.0
         kept.append(own)
@@ -122,19 +123,19 @@ def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: bool, 
     loss = kept[-1] if len(sections) > 1 else 0.0
     for i in reversed(range(len(sections))):
         s = sections[i]
-        whole = s.forward.compiled(micro_batch) if compiled and s.name == "block" else s.forward.kept(micro_batch)
-        missing = whole - kept[i]  # comes back by recomputation, or from the host
+        missing = whole[i] - kept[i]  # comes back by recomputation, or from the host
         if i in shown:
-            temporary = [missing + s.backward.peak(micro_batch, fresh=fresh) for fresh in (False, True)]
-            if i in again:
-                forward = s.forward.peak(micro_batch) - s.forward.kept(micro_batch) + whole - kept[i]
-                temporary = [max(t, forward) for t in temporary]
+            if compiled == "all" and s.name == "after":
+                width = max((p.numel for p in s.params if p.trainable), default=0)
+                temporary = [2.0 * 2 * width + s.inputs(micro_batch)] * 2
             else:
-                temporary = [max(t, missing) for t in temporary]
+                temporary = [missing + max(0.0, s.backward.peak(micro_batch, fresh=fresh)) for fresh in (False, True)]
+            if i in again:
+                forward = s.forward.peak(micro_batch) - s.forward.kept(micro_batch) + missing
+                temporary = [max(t, forward) for t in temporary]
             found.append(Moment(f"backward of {_label(s, i, blocks)}", s, i, True, saved, loss, *temporary))
         saved += s.backward.kept(micro_batch) + s.forward.kept(micro_batch) - kept[i]
-        if i == len(sections) - 1:
-            loss = 0.0
+        loss = 0.0
     return tuple(found), host
 
 
@@ -221,8 +222,11 @@ class _Held:
 
 
 def _single(x: _Shape) -> _Held:
-    always = {"weights": x.master * x.trainable + x.frozen, "optimizer state": x.moments() * x.trainable}
-    return _Held(always, gradient=x.master, whole=x.layout.accumulation > 1)
+    always = {"weights": x.master * x.trainable + x.frozen}
+    state = {"optimizer state": x.moments() * x.trainable}
+    held = _Held(always, gradient=x.master, whole=x.layout.accumulation > 1)
+    (held.host if x.layout.offload == "cpu" else held.always).update(state)  # a paged optimizer: described, not run
+    return held
 
 
 def _ddp(x: _Shape) -> _Held:
@@ -245,7 +249,8 @@ def _fsdp2(x: _Shape) -> _Held:
     )
     always = {"weights": x.master * trainable + frozen, "optimizer state": x.moments() * trainable}
     root = sum(x.gathered(s, x.half) for s in x.trace.each() if s.name != "block")
-    held = _Held(always, {"gathered weights": root}, gradient=x.master, share=trainable / max(1, x.trainable))
+    held = _Held({}, {"gathered weights": root}, gradient=x.master, share=trainable / max(1, x.trainable))
+    (held.host if x.layout.offload == "cpu" else held.always).update(always)  # FSDP's offload: described, not run
     held.whole = x.layout.accumulation > 1
     held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half) + 4.0
     if x.layout.flat and x.layout.accumulation > 1:
@@ -296,8 +301,6 @@ def _zero3(x: _Shape) -> _Held:
     held.gather, held.ahead = float(x.half), 1
     held.reduce = float(x.half)
     held.computing = {"gradient buckets": min(2 * lay.bucket_bytes, 4.0 * x.trainable)}
-    if lay.offload != "none":
-        held.gradient = 0.0
     return held
 
 
@@ -313,7 +316,7 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     if trace.autocast:
         held.computing["16-bit copies of weights"] = float(sum(s.copies for s in trace.each()))
     if layout.quantised:
-        biggest = max((p.numel for p in trace.params() if p.matrix and not p.trainable), default=0)
+        biggest = max((p.numel for s in trace.sections if s.name == "block" for p in s.params if not p.trainable), default=0)
         held.computing["4-bit weights unpacked"] = float(x.half * biggest)
     if layout.foreach and layout.offload == "none":
         held.updating["temporary"] = held.updating.get("temporary", 0.0) + x.master * x.trainable * held.share
@@ -321,6 +324,8 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     activations, offloaded = moments(trace, layout.micro_batch, layout.checkpointing, layout.compile, layout.activation_offload)
     if offloaded:
         held.host["saved activations"] = offloaded
+    if layout.offload != "none" and layout.strategy in ("fsdp2", "zero3"):
+        held.gradient = 0.0  # they go to the host as they are reduced
     gradients = held.gradient * x.trainable * held.share
     largest = max(s.numel(trainable=True) for s in trace.sections)
     done = 0  # trained numbers whose gradients have appeared

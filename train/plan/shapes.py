@@ -83,7 +83,7 @@ class Section:
         return sum(p.numel for p in self.params if p.trainable == trainable)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed as the object it is: the caches of memory and time rely on it
 class Trace:
     """A step of one model on one rank, for any micro-batch and depth of sharding."""
 

@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -69,7 +71,7 @@ def trace(
     repeats = {} if whole else _shorten(module, blocks(module))
     cast = None if autocast or precision == "fp32" else DTYPES[precision]
     runs = []
-    with FakeTensorMode(), _quiet():
+    with FakeTensorMode(), _as_if_real():
         _place(module, cast)
         for size in SIZES:
             runs.append(_run(module, blocks(module), batch(size), loss, precision if autocast else "fp32", device))
@@ -114,13 +116,19 @@ def _place(module: nn.Module, cast: torch.dtype | None) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Model libraries warn about things that do not matter to a trace."""
-    import warnings
-
+def _as_if_real() -> Iterator[None]:
+    """transformers builds other masks when it sees fake tensors, as for an export; the trace is of what will run."""
+    masking = sys.modules.get("transformers.masking_utils")
+    kept = getattr(masking, "is_tracing", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield
+        try:
+            if masking is not None:
+                masking.is_tracing = lambda *_: False  # type: ignore[attr-defined]
+            yield
+        finally:
+            if masking is not None:
+                masking.is_tracing = kept  # type: ignore[attr-defined]
 
 
 @dataclass
@@ -171,7 +179,13 @@ def _run(
     tape.close()
     for p in module.parameters():
         p.grad = None
-    return [part for part in tape.parts if part.forward.ops or part.params]
+    parts: list[_Part] = []
+    for part in tape.parts:
+        if part.forward.ops or part.params:
+            parts.append(part)
+        else:  # nothing happens between two blocks, but the last block's input may be let go there
+            parts[-1].forward.kept += part.forward.kept  # (a compiled block keeps its inputs)
+    return parts
 
 
 def _join(a: _Part, b: _Part, repeats: Mapping[int, int]) -> Section:
@@ -233,6 +247,7 @@ class _Storage:
     part: _Part
     anchors: frozenset[_Storage] = frozenset()  # what a compiler can compute it from again; empty: it is one itself
     pointwise: bool = False
+    feeds: bool = False  # a matmul or attention reads it
     reference: Any = None
 
 
@@ -338,7 +353,7 @@ class _Tape(TorchDispatchMode):
         count = self.count
         count.kept = self.live - count.start
         if not self.backward:
-            count.compiled = self._recomputing() if self.output is not None else count.kept
+            count.compiled = self._recomputing()
             self.output = None
 
     # -- memory
@@ -369,9 +384,10 @@ class _Tape(TorchDispatchMode):
         self.fresh += made.bytes
 
     def _recomputing(self) -> float:
-        """Bytes that this forward keeps when pointwise results are computed again from what matmuls returned."""
+        """Bytes that this forward keeps when it is compiled: what matmuls read and return stays, what lies between is
+        computed again."""
         mine = [s for s in self.alive.values() if s.part is self.now]
-        kept = {s for s in mine if not s.pointwise or s is self.output}
+        kept = {s for s in mine if not s.pointwise or s.feeds or s is self.output}
         for s in sorted(mine, key=lambda s: -s.bytes):
             if s not in kept:
                 needed = {a for a in s.anchors if a.part is self.now} - kept
@@ -381,8 +397,10 @@ class _Tape(TorchDispatchMode):
     # -- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name
+        if name == "aten::_local_scalar_dense":  # a test of values: models ask whether nothing is masked, and nothing is
+            return {torch.bool: True}.get(args[0].dtype, 1)
+        out = func(*args, **(kwargs or {}))
         if func.is_view:
             return out
         if name == _ATTENTION[0]:  # fake kernels get its layout wrong: it returns [B, T, H, D], transposed
@@ -404,6 +422,7 @@ class _Tape(TorchDispatchMode):
         anchors = frozenset[_Storage]()
         if heavy:
             for s in known:
+                s.feeds = True
                 self._write(s)
         else:
             anchors = frozenset().union(*(s.anchors if s.pointwise else {s} for s in known))

@@ -1,0 +1,583 @@
+"""The planner against measurements that other people published.
+
+    python benchmarks/plan_vs_published.py [--data DIR] [--json] [--fit] [--rows]
+
+Reads memory.csv, throughput.csv, fits.csv and gpu_hours.csv of a folder (those that are there), predicts every row that
+is in scope with nothing but the inputs that the row names, and reports per source and in all, with the sign:
+
+    memory        error of the allocated (or reserved) peak
+    throughput    error of tokens per second and device
+    fits          rows known to fit that are predicted to, rows known to fail that are predicted to
+    gpu hours     error of a training run's total
+
+A row is out of scope (counted by reason) when its layout, method, model family or precision is none of this project's, or
+when its figure is not a measurement to trust (trust C and D). A row in scope that cannot be predicted is listed with the
+reason. `--fit` fits the constants of time again, on all sources and with each left out, and prints both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import math
+import re
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+from published_models import Spec, hashed  # noqa: E402
+
+from train.plan import constants, memory, timing  # noqa: E402
+from train.plan.memory import GIB, Layout  # noqa: E402
+from train.plan.shapes import Trace  # noqa: E402
+
+DATA = Path(__file__).parents[2] / "shared" / "published"
+CACHE = Path.home() / ".cache" / "gearshift" / "published-traces"
+Row = dict[str, str]
+
+
+class OutOfScope(Exception):
+    """This project does not lay out, train or store models that way."""
+
+
+class Unpredictable(Exception):
+    """The row is in scope, but does not say enough."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From a row to a model, a layout and a machine
+# --------------------------------------------------------------------------------------------------------------------
+
+# What the name of a model says about its architecture; dimensions come from the row. First match wins.
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    (r"moe|mixtral|a\d+b\b|deepseek-?v[23]|dbrx|gpt-oss|scout|maverick", {}),
+    (r"mamba|jamba|rwkv|t5\b|bert|whisper|-vl|vision|llava|chatglm|qwen3\.5|qwen3-next", {}),
+    (r"mpt", {"norm": "layer", "gated": False, "tied": True, "rotary": 0.0, "learned": True}),
+    (r"pythia|neox|stablelm-?.*alpha|stablelm alpha|dolly|redpajama",
+     {"norm": "layer", "gated": False, "bias": True, "parallel": True, "rotary": 0.25}),
+    (r"phi-?[12](\.5)?|phi-1", {"norm": "layer", "gated": False, "bias": True, "parallel": True, "shared_norm": True, "rotary": 0.5}),
+    (r"falcon-?\s?7b", {"norm": "layer", "gated": False, "parallel": True, "shared_norm": True, "tied": True}),
+    (r"falcon", {"norm": "layer", "gated": False, "parallel": True, "tied": True}),
+    (r"gemma", {"tied": True, "head_dim": 256}),
+    (r"gpt-?2|gpt2|nanogpt", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True}),
+    (r"opt-", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True}),
+    (r"llama|mistral|vicuna|alpaca|yi-|qwen|phi-3|smollm|tinyllama|tiny-llama|olmo|internlm|granite|baichuan|code ?llama", {}),
+]  # fmt: skip
+NOT_OURS = FAMILIES[:2]
+TIED = r"llama-?3\.2-?(1|3)b|qwen2(\.5)?-?(0\.5|1\.5|3)b|smollm"
+
+
+def number(row: Row, name: str) -> float | None:
+    try:
+        return float(row.get(name) or "")
+    except ValueError:
+        return None
+
+
+def whole(row: Row, name: str) -> int:
+    value = number(row, name)
+    if value is None:
+        raise Unpredictable(f"no {name}")
+    return int(value)
+
+
+def style(row: Row) -> str:
+    """Whose code ran."""
+    framework = row.get("framework", "").lower()
+    for key, name in (("litgpt", "litgpt"), ("lit-gpt", "litgpt"), ("torchtune", "torchtune"), ("foundry", "llmfoundry"),
+                      ("torchtitan", "torchtune"), ("llm.c", "llmfoundry")):  # fmt: skip
+        if key in framework:
+            return name
+    return "transformers"
+
+
+def check_scope(row: Row) -> None:
+    """Raises OutOfScope."""
+    if row.get("trust") not in ("A", "B"):
+        raise OutOfScope(f"trust {row.get('trust')}")
+    for name in ("tp", "pp", "cp", "ep"):
+        if (number(row, name) or 1) > 1:
+            raise OutOfScope("tensor, pipeline, context or expert parallelism")
+    if row.get("subset", "").startswith("simumax"):
+        raise OutOfScope("tensor, pipeline, context or expert parallelism")
+    if row.get("domain") != "lm":
+        raise OutOfScope(f"{row.get('domain')} models of other families")
+    if re.search(r"fp8|nvfp4|int8|hqq|gptq|awq|8bit$", " ".join(row.get(k, "") for k in ("precision", "precision_n", "quant"))) and (
+        "8bit states" not in row.get("precision", "")
+    ):
+        raise OutOfScope("FP8 and other 8-bit weights")
+    if row.get("method_n") not in ("", "full", "lora", "qlora", None):
+        raise OutOfScope(f"method {row.get('method') or row['method_n']}")
+    optimizer = f"{row.get('optimizer_n', '')} {row.get('optimizer', '')}".lower()
+    if re.search(r"galore|apollo|lomo|muon|lion|lamb|adafactor|soap|shampoo", optimizer):
+        raise OutOfScope("optimizers this project does not have")
+    gpu = (row.get("gpu_n") or row.get("gpu_type") or "").upper()
+    if re.search(r"TPU|^MI\d|GAUDI|ASCEND|XPU|RX ", gpu):
+        raise OutOfScope("devices other than NVIDIA's")
+    if re.search(r"infinity|superoffload|zenflow|unsloth|deepcompile", f"{row.get('sharding', '')} {row.get('framework', '')}".lower()):
+        raise OutOfScope("engines this project does not have")
+    if row.get("component") not in ("peak training", "", None):
+        raise OutOfScope(f"component: {row['component']}")
+    family(row)
+
+
+def family(row: Row) -> dict[str, Any]:
+    text = f"{row.get('model', '')} {row.get('hf_id', '')}".lower()
+    for pattern, facts in FAMILIES:
+        if re.search(pattern, text):
+            if (pattern, facts) in NOT_OURS:
+                break
+            return facts
+    raise OutOfScope("other model families")
+
+
+def spec(row: Row) -> tuple[Spec, int]:
+    """The decoder of a row, and the tokens of a sample."""
+    facts = dict(family(row))
+    text = f"{row.get('model', '')} {row.get('hf_id', '')}".lower()
+    rows = whole(row, "seq_len")
+    method, kind = row.get("method_n") or "full", style(row)
+    if facts.pop("learned", False):
+        facts["positions"] = rows
+    if re.search(TIED, text.replace(" ", "-")):
+        facts["tied"] = True
+    heads = whole(row, "heads")
+    notes = f"{row.get('notes', '')} {row.get('framework', '')}".lower()
+    adapters: dict[str, Any] = {}
+    if method in ("lora", "qlora"):
+        targets = row.get("lora_targets", "").lower()
+        names = tuple(n for n, pattern in (("q", r"\bq\b|all|default"), ("k", r"\bk\b|all"), ("v", r"\bv\b|all|default"),
+                                           ("o", r"\bo\b|all|default"), ("mlp", r"mlp|all|default")) if re.search(pattern, targets))  # fmt: skip
+        rank = number(row, "lora_rank")
+        adapters = {"lora": names or ("q", "v"), "rank": int(rank or 8)}  # where unsaid, the projects' default
+        adapters["dropout"] = 0.05 if kind == "litgpt" else 0.0
+    chunks: dict[str, int] = {}
+    if kind == "litgpt" and method != "full":
+        chunks["head_chunk"] = 128
+    if kind == "torchtune" and (re.search("chunked", notes) or row.get("compile") == "yes" and not row["subset"].endswith("ablation")):
+        chunks["chunks"] = 8
+    if method == "qlora" and kind == "litgpt" and row.get("source_date", "9999") < "2024":
+        adapters["quantised"] = True
+    made = Spec(whole(row, "layers"), whole(row, "hidden"), heads, int(number(row, "kv_heads") or heads), whole(row, "ffn"),
+                whole(row, "vocab"), style=kind, **facts, **adapters, **chunks)  # fmt: skip
+    return made, rows
+
+
+def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
+    """How the row laid out its step. `defaults` fills what it does not say."""
+    d = defaults or {}
+    ranks = int(number(row, "gpus") or d.get("gpus", 0) or 0)
+    if not ranks:
+        raise Unpredictable("no gpus")
+    micro = number(row, "micro_batch") or d.get("micro_batch")
+    if not micro:
+        raise Unpredictable("no micro_batch")
+    micro = int(micro)
+    accumulation = number(row, "grad_accum")
+    if accumulation is None:
+        batch = number(row, "global_batch") or d.get("global_batch")
+        accumulation = max(1, round(batch / micro / ranks)) if batch else 1
+    text = row.get("sharding", "").lower()
+    stage = row.get("zero_n") or "0"
+    if ranks == 1 and "zero" not in text:
+        name = "single"
+    elif "zero" in text or "deepspeed" in text or "zero" in row.get("framework", "").lower():
+        name = f"zero{stage}" if stage in "123" else "ddp"
+    elif stage in ("2", "3", "3h") or "fsdp" in text or "shard" in text:
+        name = "fsdp2"
+    else:
+        name = {"1": "zero1", "2": "zero2", "3": "zero3"}.get(stage, "ddp")
+    saved = row.get("act_ckpt_n") or d.get("act_ckpt_n")
+    if not saved:
+        raise Unpredictable("no act_ckpt_n")
+    offload = row.get("offload", "").lower()
+    precision, kind = row.get("precision", "").lower(), style(row)
+    optimizer = {"adamw8bit": "adamw_8bit", "sgd": "sgd"}.get(row.get("optimizer_n", ""), "adamw")
+    pure = bool(re.search(r"true|bf16 params|pure", precision)) and kind != "llmfoundry" or kind == "torchtune" or "llm.c" in row.get("framework", "")
+    notes = f"{row.get('notes', '')} {row.get('optimizer', '')}".lower()
+    chunked = "chunked" in notes or not row["subset"].endswith("ablation")
+    return Layout(
+        strategy=name,
+        ranks=ranks,
+        micro_batch=micro,
+        accumulation=int(accumulation),
+        checkpointing={"none": 0, "full": 1, "selective": 2}[saved.split("+")[0]],
+        offload="cpu" if re.search(r"optimizer|paged|cpu offload", offload) else "none",
+        activation_offload="activation" in offload,
+        compile=("all" if chunked else "blocks") if row.get("compile") == "yes" else "none",
+        optimizer=optimizer,
+        foreach="fused" not in notes and kind != "litgpt",
+        quantised=row.get("method_n") == "qlora",
+        single_quantisation="dq" not in row.get("quant", "") and kind == "litgpt",
+        quantised_inputs=False,
+        pure=pure,
+        step_in_backward="optimizer_in_bwd" in notes,
+        gathered_twice=stage == "3",
+        flat=kind == "litgpt" and name == "fsdp2",
+    )
+
+
+def card(row: Row) -> constants.Card:
+    name = (row.get("gpu_n") or row.get("gpu_type") or "").lower().replace(" ", "")
+    for text in (name, re.sub(r"-\d+gb$", "", name), name.split("-")[0]):
+        if text in constants.CARDS:
+            return constants.CARDS[text]
+    if name == "a100":
+        return constants.CARDS["a100-80gb"]
+    raise Unpredictable(f"no data sheet of {name or 'an unnamed device'}")
+
+
+def machine(row: Row, ranks: int) -> timing.Machine:
+    device = card(row)
+    each = min(8, ranks)
+    gbits = re.search(r"(\d+)\s*gb(?:ps|it)", row.get("interconnect", "").lower())
+    inter = float(gbits[1]) / 8 * 1e9 if gbits else constants.DEFAULT_INTER_GB_S[device.generation] * 1e9
+    return timing.Machine(device, "cuda", each, max(1, ranks // each), device.memory_gib * GIB, device.link_gb_s * 1e9, inter)
+
+
+@lru_cache(maxsize=4096)
+def traced(made: Spec, rows: int, precision: str, autocast: bool) -> Trace:
+    """The trace of a decoder, kept on disk by everything that it depends on."""
+    path = CACHE / f"{hashed(made, rows, precision, autocast)}.json"
+    if path.exists():
+        return Trace.from_dict(json.loads(path.read_text()))
+    import published_models
+
+    from train.plan.trace import trace
+
+    made_trace = trace(
+        lambda: published_models.Decoder(made),
+        lambda m: list(m.blocks),
+        published_models.batch(rows),
+        published_models.loss,
+        precision=precision,
+        autocast=autocast,
+        tokens=rows,
+    )
+    CACHE.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(made_trace.to_dict()))
+    return made_trace
+
+
+def trace_of(row: Row, laid: Layout) -> Trace:
+    made, rows = spec(row)
+    precision = row.get("precision_n") or "bf16"
+    precision = {"tf32": "fp32"}.get(precision, precision)
+    autocast = laid.strategy in ("single", "ddp") and not laid.pure and "true" not in row.get("precision", "")
+    return traced(made, rows, precision, autocast)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Predictions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def predict_memory(row: Row) -> tuple[float, float]:
+    """(predicted, measured) GiB of one device."""
+    measured = number(row, "peak_mem_gib")
+    if measured is None:
+        raise Unpredictable("no peak in a known unit")
+    laid = layout(row)
+    held = memory.holds(trace_of(row, laid), laid).allocated
+    metric = row.get("mem_metric", "").lower()
+    if "reserved" in metric:
+        held *= 1 + constants.RESERVE_FRACTION
+    elif re.search("nvidia-smi|nvml|device", metric):
+        held += sum(memory.device_overhead(held, laid.ranks, "cuda").values())
+    return held / GIB, measured
+
+
+def predict_throughput(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[float, float]:
+    """(predicted, measured) tokens per second and device."""
+    measured = number(row, "tokens_per_s_per_gpu")
+    laid = layout(row)
+    made_trace = trace_of(row, laid)
+    if measured is None:
+        seconds = number(row, "step_time_s")
+        if seconds is None:
+            raise Unpredictable("no tokens per second or step time")
+        measured = laid.micro_batch * laid.accumulation * made_trace.tokens / seconds
+    if re.search("not packed", row.get("notes", "").lower()):
+        raise Unpredictable("padded: the tokens of a batch are not known")
+    step = timing.step_time(made_trace, laid, machine(row, laid.ranks), speed)
+    return laid.micro_batch * laid.accumulation * made_trace.tokens / step.seconds, measured
+
+
+def predict_fit(row: Row) -> tuple[bool, bool, float]:
+    """(predicted to fit, known to fit, predicted share of the device)."""
+    if row.get("fits") not in ("yes", "no"):
+        raise OutOfScope("neither known to fit nor to fail")
+    laid = layout(row)
+    held = memory.holds(trace_of(row, laid), laid).allocated
+    total = held + sum(memory.device_overhead(held, laid.ranks, "cuda").values())
+    share = total / GIB / card(row).memory_gib
+    return share <= 1.0, row["fits"] == "yes", share
+
+
+# What a pretraining run is assumed to use where its row is silent; the same for every row.
+ASSUMED = {"global_tokens": 4e6, "rows_per_gpu": 2}
+
+
+def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[float, float]:
+    """(predicted, stated) GPU-hours of a training run: the fastest layout of this project's that fits its cluster."""
+    stated = number(row, "gpu_hours_stated") or number(row, "gpu_hours_derived")
+    tokens = number(row, "tokens_trained")
+    if stated is None or not stated:
+        raise Unpredictable("no GPU-hours stated")
+    if tokens is None:
+        raise Unpredictable("no tokens_trained")
+    if "padding" in row.get("scope", "") or "not re-predictable" in row.get("scope", ""):
+        raise OutOfScope("not a training run from a config")
+    made, rows = spec({**row, "ffn": row.get("ffn") or DIMENSIONS.get(row.get("model", ""), ("", ""))[0]})
+    batch = number(row, "global_batch") or round((number(row, "global_batch_tokens") or ASSUMED["global_tokens"]) / rows)
+    ranks = int(number(row, "gpus") or 8 * max(1, round(batch / ASSUMED["rows_per_gpu"] / 8)))
+    precision = row.get("precision_n") or "bf16"
+    best = math.inf
+    place = machine(row, ranks)
+    for laid, autocast in layouts(ranks, int(batch), row):
+        made_trace = traced(made, rows, precision, autocast)
+        held = memory.holds(made_trace, laid).allocated
+        if held + sum(memory.device_overhead(held, ranks, "cuda").values()) > place.memory_bytes:
+            continue
+        seconds = timing.step_time(made_trace, laid, place, speed).seconds
+        done = laid.micro_batch * laid.accumulation * ranks * rows
+        best = min(best, seconds / done)
+    if best == math.inf:
+        raise Unpredictable("no layout of this project's fits the cluster")
+    return tokens * best * ranks / 3600, stated
+
+
+DIMENSIONS: dict[str, tuple[str, str]] = {}
+
+
+def layouts(ranks: int, batch: int, row: Row) -> Iterator[tuple[Layout, bool]]:
+    share = max(1, batch // ranks)
+    for micro in sorted({m for m in (1, 2, 4, 8, 16, 32) if m <= share} | {share if share <= 32 else 32}):
+        for checkpointing in (0, 1):
+            for name, autocast in (("ddp", True), ("fsdp2", False), ("zero1", False), ("zero3", False)):
+                yield Layout(name, ranks, micro, -(-share // micro), checkpointing), autocast
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reports
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Scores:
+    """Results of one kind of figure."""
+
+    errors: dict[str, list[tuple[str, float]]]  # source -> (row, signed relative error)
+    out: Counter[str]
+    unpredictable: list[tuple[str, str]]
+
+    def all(self) -> list[float]:
+        return [e for rows in self.errors.values() for _, e in rows]
+
+
+def judged(rows: list[Row], predict: Callable[[Row], tuple[float, float]]) -> Scores:
+    scores = Scores(defaultdict(list), Counter(), [])
+    for row in rows:
+        try:
+            check_scope(row)
+            predicted, measured = predict(row)
+        except OutOfScope as reason:
+            scores.out[str(reason)] += 1
+        except Unpredictable as reason:
+            scores.unpredictable.append((row["id"], str(reason)))
+        else:
+            scores.errors[row["subset"]].append((row["id"], predicted / measured - 1))
+    return scores
+
+
+def summary(errors: list[float]) -> dict[str, float]:
+    size = sorted(abs(e) for e in errors)
+    return {
+        "rows": len(errors),
+        "median_abs": statistics.median(size),
+        "mean_abs": statistics.fmean(size),
+        "max_abs": size[-1],
+        "mean_signed": statistics.fmean(errors),
+        "under": sum(e < 0 for e in errors) / len(errors),
+    }
+
+
+def read(folder: Path, name: str) -> list[Row]:
+    path = folder / name
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"data": str(folder.name)}
+    kinds = (("memory", predict_memory), ("throughput", predict_throughput), ("gpu_hours", predict_hours))
+    for name, predict in kinds:
+        rows = read(folder, f"{name}.csv")
+        if not rows:
+            continue
+        scores = judged(rows, predict)
+        found[name] = {
+            "sources": {source: summary([e for _, e in rows]) for source, rows in sorted(scores.errors.items())},
+            "all": summary(scores.all()) if scores.all() else None,
+            "out_of_scope": dict(scores.out.most_common()),
+            "unpredictable": scores.unpredictable,
+            "rows": {row: error for rows in scores.errors.values() for row, error in rows},
+        }
+    rows = read(folder, "fits.csv")
+    if rows:
+        found["fits"] = confusion(rows)
+    return found
+
+
+def confusion(rows: list[Row]) -> dict[str, Any]:
+    out: Counter[str] = Counter()
+    unpredictable: list[tuple[str, str]] = []
+    cells: dict[str, Counter[str]] = defaultdict(Counter)
+    wrong: list[tuple[str, str, float]] = []
+    for row in rows:
+        try:
+            check_scope(row)
+            predicted, known, share = predict_fit(row)
+        except OutOfScope as reason:
+            out[str(reason)] += 1
+            continue
+        except Unpredictable as reason:
+            unpredictable.append((row["id"], str(reason)))
+            continue
+        cell = f"{'fits' if known else 'fails'}, predicted to {'fit' if predicted else 'fail'}"
+        cells[row["subset"]][cell] += 1
+        cells["all"][cell] += 1
+        if predicted != known:
+            wrong.append((row["id"], cell, round(share, 3)))
+    return {"cells": {k: dict(v) for k, v in cells.items()}, "wrong": wrong, "out_of_scope": dict(out.most_common()),
+            "unpredictable": unpredictable}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fitting
+# --------------------------------------------------------------------------------------------------------------------
+
+FITTED = ("matmul", "matmul_hopper", "attention", "attention_hopper", "bandwidth", "launch_s", "ramp_flops", "overlap", "link")
+
+
+def fit(rows: list[Row], start: timing.Speed) -> timing.Speed:
+    """The constants of time that make the mean absolute log error smallest, sources weighing alike; by coordinates."""
+    sources = Counter(row["subset"] for row in rows)
+
+    def loss(speed: timing.Speed) -> float:
+        total = 0.0
+        for row in rows:
+            predicted, measured = predict_throughput(row, speed)
+            total += abs(math.log(predicted / measured)) / sources[row["subset"]] ** 0.5
+        return total
+
+    best, lowest = start, loss(start)
+    for factor in (1.25, 1.1, 1.04, 1.015):
+        improved = True
+        while improved:
+            improved = False
+            for name in FITTED:
+                for times in (factor, 1 / factor):
+                    value = getattr(best, name) * times
+                    if name not in ("launch_s", "ramp_flops") and value > 1:
+                        continue
+                    tried = dataclasses.replace(best, **{name: value})
+                    if (found := loss(tried)) < lowest - 1e-9:
+                        best, lowest, improved = tried, found, True
+    return best
+
+
+def fitted(folder: Path) -> dict[str, Any]:
+    rows = []
+    for row in read(folder, "throughput.csv"):
+        try:
+            check_scope(row)
+            predict_throughput(row)
+        except (OutOfScope, Unpredictable):
+            continue
+        rows.append(row)
+    everything = fit(rows, constants.SPEED)
+    left_out = {}
+    for source in sorted({row["subset"] for row in rows}):
+        others = [row for row in rows if row["subset"] != source]
+        if not others:
+            continue
+        speed = fit(others, everything)
+        mine = [row for row in rows if row["subset"] == source]
+        left_out[source] = summary([p / m - 1 for p, m in (predict_throughput(row, speed) for row in mine)])
+    return {"speed": dataclasses.asdict(everything), "left_out": left_out}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def line(name: str, s: dict[str, float] | None) -> str:
+    if s is None:
+        return f"  {name:28s} no rows"
+    return (f"  {name:28s} {s['rows']:4.0f} rows   median {s['median_abs']:6.1%}   mean {s['mean_abs']:6.1%}   "
+            f"max {s['max_abs']:6.1%}   signed {s['mean_signed']:+6.1%}   low in {s['under']:4.0%}")  # fmt: skip
+
+
+def show(found: dict[str, Any], *, rows: bool) -> None:
+    for name in ("memory", "throughput", "gpu_hours"):
+        if name not in found:
+            continue
+        part = found[name]
+        print(f"{name}: predicted against published, relative error")
+        for source, s in part["sources"].items():
+            print(line(source, s))
+        print(line("all", part["all"]))
+        if rows:
+            for row, error in part["rows"].items():
+                print(f"      {row:32s} {error:+7.1%}")
+        tail(part)
+    if "fits" in found:
+        print("fits: known against predicted")
+        for source, cells in found["fits"]["cells"].items():
+            print(f"  {source:28s} " + "   ".join(f"{cell}: {count}" for cell, count in sorted(cells.items())))
+        for row, cell, share in found["fits"]["wrong"]:
+            print(f"      {row:32s} {cell} ({share:.0%} of the device)")
+        tail(found["fits"])
+
+
+def tail(part: dict[str, Any]) -> None:
+    total = sum(part["out_of_scope"].values())
+    print(f"  out of scope: {total} rows" + (": " if total else "") + "; ".join(f"{n} {why}" for why, n in part["out_of_scope"].items()))
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row, why in part["unpredictable"]:
+        reasons[why].append(row)
+    print(f"  cannot be predicted: {len(part['unpredictable'])} rows")
+    for why, names in reasons.items():
+        print(f"      {why}: {', '.join(names)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the four CSV files")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--rows", action="store_true", help="print the error of every row")
+    parser.add_argument("--fit", action="store_true", help="fit the constants of time, also with each source left out")
+    options = parser.parse_args()
+    if options.fit:
+        print(json.dumps(fitted(options.data), indent=2))
+        return
+    found = report(options.data)
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found, rows=options.rows)
+
+
+if __name__ == "__main__":
+    main()
