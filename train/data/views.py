@@ -226,13 +226,12 @@ def spans(length: int, size: int, halo: int) -> list[tuple[int, slice]]:
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """A colour per class, uint8 [num_classes, 3]: class 0 black, the others apart (bits of the id, high ones first)."""
-    ids = np.arange(num_classes)
-    colours = np.zeros((num_classes, 3), np.int64)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((ids >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.astype(np.uint8)
+    """A colour per class, uint8 [num_classes, 3]: class 0 black, the others bright, hues a golden section apart."""
+    hue = (np.arange(num_classes) * 0.618034) % 1
+    ramp = np.clip(np.abs((hue[:, None] * 6 + [0, 4, 2]) % 6 - 3) - 1, 0, 1)
+    colours = np.rint(255 * (0.1 + 0.9 * ramp)).astype(np.uint8)
+    colours[:1] = 0
+    return colours
 
 
 def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarray:
@@ -245,8 +244,9 @@ def overlay(picture: np.ndarray, mask: np.ndarray, num_classes: int) -> np.ndarr
     known = (mask > 0) & (mask < num_classes)
     colours = unit(palette(num_classes))[np.where(known, mask, 0)]
     edge = np.zeros(mask.shape, bool)
-    edge[1:] |= mask[1:] != mask[:-1]
-    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    down, across = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
+    for part, change in ((edge[1:], down), (edge[:-1], down), (edge[:, 1:], across), (edge[:, :-1], across)):
+        part |= change
     share = np.where(edge, 1.0, 0.5)[..., None] * known[..., None]
     return np.rint((grey * (1 - share) + colours * share) * 255).astype(np.uint8)
 
