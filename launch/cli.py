@@ -4,7 +4,7 @@ Owns: what a verb does in which order, what it prints, and how an error ends (a 
 and a code of the contract). A verb imports what it needs when it is called: `--help`, a config error and `status` never
 import torch.
 
-Does not own: processes (`local.py`), settings (`train/config.py`), files (`train/rundir.py`).
+Does not own: processes (`local.py`), jobs (`slurm.py`), settings (`train/config.py`), files (`train/rundir.py`).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ Plugin = Annotated[
 ]
 ConfigDir = Annotated[str | None, typer.Option(help="A directory of more config groups")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show config, hashes, command and environment; start nothing")]
+Wait = Annotated[bool, typer.Option("--wait", help="On Slurm: wait for the end of the run, return its exit code")]
 Json = Annotated[bool, typer.Option("--json", help="For programs")]
 
 
@@ -56,6 +57,7 @@ def verb(function: Callable[..., int]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> None:
+        from launch.slurm import SlurmError
         from train.compose import ConfigError
         from train.data import DataError
         from train.rundir import EXIT_CONFIG, EXIT_FAILED, RunError
@@ -66,6 +68,8 @@ def verb(function: Callable[..., int]) -> Callable[..., None]:
             code = complain(error, EXIT_CONFIG)
         except RunError as error:
             code = complain(error, error.code)
+        except SlurmError as error:
+            code = complain(error, EXIT_FAILED)
         except KeyboardInterrupt:
             code = complain("interrupted", EXIT_FAILED)
         raise typer.Exit(code)
@@ -92,6 +96,7 @@ def run(
     overrides: Overrides = None,
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep over comma-separated values")] = False,
     dry_run: DryRun = False,
+    wait: Wait = False,
     plugin: Plugin = None,
     config_dir: ConfigDir = None,
 ) -> int:
@@ -102,7 +107,7 @@ def run(
         raise config.ConfigError(["--multirun: this version has no sweeps; start each run with its own overrides."])
     _importable_from_here(plugin)
     cfg = config.compose(overrides or [], config_dir=config_dir, plugin=plugin)
-    return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run)
+    return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run, wait=wait)
 
 
 @verb
@@ -112,6 +117,7 @@ def resume(
     step: Annotated[str, typer.Option(help="best, last, or a number: the checkpoint to go on from")] = "last",
     accept: Annotated[bool, typer.Option("--accept", help="Go on although what is learned changes")] = False,
     dry_run: DryRun = False,
+    wait: Wait = False,
     plugin: Plugin = None,
 ) -> int:
     """Go on from a run's frozen config; where, how, paths and what is watched may change."""
@@ -132,7 +138,7 @@ def resume(
     limits |= {"name": directory.path.name, "root": str(directory.path.parent)}  # wherever it was copied to
     cfg = replace(cfg, run=replace(cfg.run, **limits))
     arguments = ["--step", step] + (["--accept"] if accept else []) + (["--plugin", plugin] if plugin else [])
-    return _start(cfg, arguments, accept=accept, again=step != "last", dry_run=dry_run)
+    return _start(cfg, arguments, accept=accept, again=step != "last", dry_run=dry_run, wait=wait)
 
 
 @verb
@@ -180,14 +186,22 @@ def status(
 
 
 def _start(
-    cfg: Config, arguments: list[str], *, accept: bool = False, again: bool = False, dry_run: bool = False
+    cfg: Config,
+    arguments: list[str],
+    *,
+    accept: bool = False,
+    again: bool = False,
+    dry_run: bool = False,
+    wait: bool = False,
 ) -> int:
-    """From a config to the end of its run. `again`: go on from an earlier step, though the run may be finished."""
-    from launch import local
+    """From a config to the end of its run, or to its submission.
+
+    arguments: what the training script gets beside the config. again: go on from an earlier step, though the run may be
+    finished. wait: for the end of a submitted run.
+    """
+    from launch import local, slurm
     from train import config, describe, rundir
 
-    if cfg.slurm.name != "none":
-        raise config.ConfigError([f"slurm={cfg.slurm.name}: this version starts runs on this machine; use slurm=none."])
     if problems := config.missing_inputs(cfg):
         raise config.ConfigError(problems)
     prepared = _prepared(cfg)
@@ -196,15 +210,19 @@ def _start(
     if (run.result() or {}).get("status") == "finished" and not identity.changes and not again:
         print(describe.show_result(run))
         return rundir.EXIT_FINISHED
-    started = local.launch(cfg, run, ["--config", str(run.config), *arguments])
+    here = cfg.slurm.name == "none"
+    started = local.launch(cfg, run, ["--config", str(run.config), *arguments]) if here else None
     if dry_run:
         print(config.to_yaml(cfg), end="")
         print(f"\n# math_hash {identity.math_hash}\n# exec_hash {identity.exec_hash}\n# run       {run.path}")
-        print("\n".join(f"# change    {change}" for change in identity.changes), end="\n" if identity.changes else "")
-        print(started)
+        for change in identity.changes:
+            print(f"# change    {change}")
+        print(started or slurm.render(cfg, run, ["--config", str(run.code / "config.yaml"), *arguments]))
         return 0
     rundir.wait_until_free(run, say=say)
     run.create()
+    if started is None:
+        return slurm.submit(cfg, run, options=arguments, wait=wait, say=say)
     rundir.write_config(cfg, run, identity)
     code = local.supervise(started, run, say)
     if code not in (rundir.EXIT_FINISHED, rundir.EXIT_STOPPED):  # of these two the run itself has told

@@ -455,7 +455,7 @@ def test_the_result_as_text(run: RunDir, monkeypatch) -> None:
         metric="eval_loss",
         objective=1.77,
         eval={"eval_bpb": 2.55},
-        baselines={"byte n-gram": 2.66, "xz -9": 1.53},
+        baselines={"ngram2_bpb": 2.66, "xz9_bpb": 1.53},
         engine={"strategy": "ddp", "world_size": 2, "precision": "fp32"},
         predicted={"step_s": 0.2},
         measured={"step_s": 0.25},

@@ -25,6 +25,11 @@ from train.rundir import describe as describe_owner
 
 _SECRET = r"(?:token|secret|passwd|password|passphrase|api_?key|credential|private_?key)(?!s\b|iz)"
 """Part of the name of a secret; `tokenizer` and `max_tokens` are none."""
+_BASELINES = {
+    "ngram2_bpb": ("byte n-gram", "two bytes of context, counted on the training files"),
+    "xz9_bpb": ("xz -9", "a small model does not beat it"),
+}
+"""Names of the data's baselines, in bits per byte, as a person reads them."""
 _PACKAGES = [
     *("torch", "accelerate", "deepspeed", "hydra-core", "transformers", "peft", "wandb", "safetensors", "tokenizers"),
     *("numpy", "bitsandbytes"),
@@ -51,7 +56,8 @@ def show_result(run: RunDir) -> str:
     for name, value in evaluation.items():
         row(name, value)
     for name, value in (result.get("baselines") or {}).items():
-        row(f"  {name}", value, "  (baseline, same held-out data)")
+        label, note = _BASELINES.get(name, (name, ""))
+        row(f"  {label}", value, f"  on the same held-out files; {note}" if note else "")
     engine = result.get("engine") or {}
     if engine:
         row("ran as", f"{engine.get('strategy')}, {engine.get('world_size')} rank(s), {engine.get('precision')}")
@@ -112,7 +118,7 @@ def _next_steps(run: RunDir, result: dict[str, Any]) -> list[str]:
             "What next:",
             f"  gearshift resume {path} train.max_steps={2 * steps} --accept    train it longer",
             "  gearshift run optim.lr=1e-3                another learning rate, beside this run",
-            "  gearshift run data.path=YOUR/FILES         your own text",
+            "  gearshift run data.path=YOUR/FILES         your own data",
         ]
     if result.get("status") == "failed":
         return [

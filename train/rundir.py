@@ -268,9 +268,10 @@ class RunDir:
             return None
 
     def clear_requests(self) -> None:
-        """Remove left-over STOP and SAVE. Only for whoever starts the ranks, while none run."""
+        """Remove left-over STOP and SAVE, and a torn event. Only for whoever starts the ranks, while none run."""
         self.stop.unlink(missing_ok=True)
         self.save.unlink(missing_ok=True)
+        _cut_torn_end(self.events)
 
 
 def resolve(cfg: Config, math_hash: str) -> RunDir:
