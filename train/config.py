@@ -31,7 +31,6 @@ import yaml
 from train.compose import (
     PLUGINS,
     Asked,
-    ConfigError,
     Count,
     Natural,
     NonNegative,
@@ -44,7 +43,6 @@ from train.compose import (
     build,
     compose_files,
     find_options,
-    import_plugin,
     items,
     leaves,
     matches,
@@ -55,6 +53,12 @@ from train.compose import (
     resolve,
     shown,
     words,
+)
+from train.compose import (
+    ConfigError as ConfigError,
+)
+from train.compose import (
+    import_plugin as import_plugin,
 )
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
