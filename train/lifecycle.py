@@ -71,6 +71,7 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
 
     Raises RunError where the directory belongs to another experiment or another live process.
     """
+    from train import metrics
     from train.strategy import Mismatch, precision_of
 
     locks: list[rundir.Lock] = []
@@ -108,6 +109,8 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         answer["finished"],
         locks[0] if locks else None,
     )
+    if not _opened.finished:
+        metrics.start_logging(_opened.run, procs.rank)
     return _opened
 
 
@@ -171,7 +174,6 @@ def conclude(opened: Opened, procs: Processes, prepared: Prepared, *, status: st
     run, tokens = opened.run, None
     if opened.cfg.task.name == "causal_lm":
         tokens = counters["samples"] * opened.cfg.data.seq_len
-    tracker.close({"status": status, "objective": counters["best"], **evaluation})
     run.event("stop" if status == "stopped" else "end", attempt=opened.attempt, step=step, status=status, reason=reason)
     run.write_result(
         status,
@@ -192,6 +194,7 @@ def conclude(opened: Opened, procs: Processes, prepared: Prepared, *, status: st
         baselines=prepared.info.get("baselines", {}),
         sample=_last_sample(run),
     )
+    tracker.close({"status": status, "objective": counters["best"], **evaluation})
     if opened.lock is not None:
         opened.lock.release()
     print("\n" + describe.show_result(run), flush=True)
@@ -205,8 +208,9 @@ def _last_sample(run: RunDir) -> str | None:
 
 def explain(error: Exception) -> tuple[int, str]:
     """(exit code, reason for `result.json`) of what ended a run, after telling it. Only the unexpected gets a traceback."""
-    from train import checkpoint, models, strategy
+    from train import checkpoint, metrics, models, strategy
 
+    metrics.close_console()
     if isinstance(error, strategy.MainFailed):  # the main process tells it
         return 1, "main process failed"
     if isinstance(error, data.DataError | models.ModelError):

@@ -70,7 +70,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     before = counters["wall_s"]
 
     # ---------------------------------------------------------------------------------------------- What is watched
-    meter = metrics.Meter(cfg, run, procs, attempt=opened.attempt, total_steps=total_steps)
+    flops = metrics.lm_flops(*parameters, samples_per_step * cfg.data.seq_len) if cfg.task.name == "causal_lm" else None
+    meter = metrics.Meter(cfg, run, procs, attempt=opened.attempt, total_steps=total_steps, flops_per_step=flops)
     tracker = trackers.open(cfg, run, opened.attempt, opened.hashes, active=procs.is_main)
     if procs.is_main:
         lifecycle.announce(cfg, opened, prepared, in_force, step=step, total_steps=total_steps, parameters=parameters,
@@ -131,15 +132,15 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         if stopping and not last:
             reason = next(r for r in procs.gather(wish) if r is not None)
         due = cfg.checkpoint.every and step % cfg.checkpoint.every == 0
-        if last or reason or due or saving or (improved and cfg.checkpoint.keep_best):
+        save = last or reason or due or saving or (improved and cfg.checkpoint.keep_best)
+        if save or step % cfg.log.every == 0:  # before a save: no resume begins above a step that has no line
+            for row in meter.flush():
+                tracker.log(row)
+        if save:
             counters["wall_s"] = before + time.monotonic() - started
             saver.save(step, counters)
             stop.save_done()
         saver.report(cfg.checkpoint.on_error)
-
-        if last or reason or step % cfg.log.every == 0:
-            for row in meter.flush():
-                tracker.log(row)
         if last:
             break
 
