@@ -11,6 +11,7 @@ models (`train/models`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from train.models import ModelError
 if TYPE_CHECKING:
     from train.config import Config
     from train.data import Prepared
+    from train.data.tokenizer import Tokenizer
 
     Batch = dict[str, Tensor]
 
@@ -38,8 +40,8 @@ TEMPERATURE = 0.8
 class CausalLM:
     """Batches carry `input_ids` and `labels`, int64 [B, T]; packed chats also `position_ids` and `document` [B, T].
 
-    `prepared.info` holds `vocab_size`, and `val_tokens` and `val_bytes`: the targets and the bytes of text of the whole
-    validation set.
+    `prepared.info` holds `vocab_size`, `tokenizer` (its directory) and, of text, `val_targets` and `val_bytes`: how
+    many targets the whole validation set has, for how many bytes.
     """
 
     objective = "eval_loss"
@@ -84,10 +86,48 @@ class CausalLM:
         mean = nats / max(tokens, 1)
         metrics = {"eval_loss": mean}
         if self.info.get("val_bytes"):
-            metrics["eval_bpb"] = mean / math.log(2) * self.info["val_tokens"] / self.info["val_bytes"]
+            metrics["eval_bpb"] = mean / math.log(2) * self.info["val_targets"] / self.info["val_bytes"]
         return metrics
 
     # ---- Text --------------------------------------------------------------------------------------------------------
+
+    def encode(self, texts: list[str]) -> Batch:
+        """Prompts as a batch for `predict`: `input_ids` int64 [B, T] filled up with 0, `length` int64 [B], `weight` 1.
+
+        A text begins a document; on chats it is what a user says, in the chat template.
+        """
+        rows = [self._chat(text) if self.cfg.data.kind == "chat" else self._text(text) for text in texts]
+        longest = max(len(row) for row in rows)
+        return {
+            "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
+            "length": torch.tensor([len(row) for row in rows]),
+            "weight": torch.ones(len(rows)),
+        }
+
+    @functools.cached_property
+    def _tokenizer(self) -> Tokenizer:
+        from train.data.tokenizer import Tokenizer
+
+        return Tokenizer(Path(self.info["tokenizer"]))
+
+    def _text(self, text: str) -> list[int]:
+        return [self._tokenizer.separator, *self._tokenizer.encode([text])[0].tolist()]
+
+    def _chat(self, text: str) -> list[int]:
+        from transformers import AutoTokenizer
+
+        speller = AutoTokenizer.from_pretrained(self.info["tokenizer"], local_files_only=True, trust_remote_code=False)
+        turns = [{"role": "user", "content": text}]
+        return speller.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+
+    def _decode(self, ids: list[int]) -> str:
+        """The text of new tokens up to where the model ends it."""
+        from train.data.tokenizer import END_OF_TURN
+
+        turn = self._tokenizer.backend.token_to_id(END_OF_TURN)
+        ends = {self._tokenizer.eos, self._tokenizer.separator, turn}
+        end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+        return self._tokenizer.decode(ids[:end])
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
         """The most likely continuation of each row of weight 1, as text; see `encode` for the batch."""
