@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -35,17 +36,10 @@ STRAGGLER_S = 5
 """What helper processes of a run that has ended get, such as a tracker's."""
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
-_INHERITED = ("ACCELERATE_", "FSDP_", "PET_", "TORCHELASTIC_", "MEGATRON_LM_")
-_RANK = (
-    "RANK",
-    "LOCAL_RANK",
-    "WORLD_SIZE",
-    "LOCAL_WORLD_SIZE",
-    "GROUP_RANK",
-    "ROLE_RANK",
-    "MASTER_ADDR",
-    "MASTER_PORT",
+_FOREIGN = re.compile(
+    r"(ACCELERATE|FSDP|PET|TORCHELASTIC|MEGATRON_LM)_.*|((LOCAL|GROUP|ROLE)_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)"
 )
+"""Variables of other launches, which would change this one."""
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
@@ -66,8 +60,7 @@ class Launch:
 
     def full_environment(self) -> dict[str, str]:
         """This process's environment without settings of other launches, and with ours."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(_INHERITED) and k not in _RANK}
-        return {**kept, **self.environment}
+        return {**{k: v for k, v in os.environ.items() if not _FOREIGN.fullmatch(k)}, **self.environment}
 
 
 # --------------------------------------------------------------------------------------------------- what is started
@@ -160,16 +153,16 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
     known = {child.pid for child in _children()}
     run.clear_requests()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned ranks become children of this process and can be found
+    on_start = _end_with_parent()
     with _answering_signals(run, known, say):
-        for starts_left in reversed(range(1 + launch.restarts)):
-            child = subprocess.Popen(
-                launch.command, env=launch.full_environment(), start_new_session=True, preexec_fn=_end_with_parent()
-            )
+        for start in range(1 + launch.restarts):
+            environment = {**launch.full_environment(), **({"TORCHELASTIC_RESTART_COUNT": str(start)} if start else {})}
+            child = subprocess.Popen(launch.command, env=environment, start_new_session=True, preexec_fn=on_start)
             code = child.wait()
             _wait_for_rest(known, STRAGGLER_S if code == 0 or _has_ended(run, before) else SHUTDOWN_S)
-            if code == 0 or _has_ended(run, before) or run.stop_reason() or not starts_left:
+            if code == 0 or _has_ended(run, before) or run.stop_reason() or start == launch.restarts:
                 break
-            say(f"The run died (exit code {code}); starting it again, {starts_left} start(s) left.")
+            say(f"The run died (exit code {code}): restart {start + 1} of {launch.restarts}.")
     run.clear_requests()
     result = run.result() or {"status": None, "attempt": 0}
     if result["attempt"] <= before:  # no attempt began: a finished run has nothing to do, all else is a failure
@@ -195,12 +188,16 @@ def _answering_signals(run: RunDir, known: set[int], say: Callable[[str], None])
         if number == signal.SIGINT:
             if interrupted_at and time.monotonic() - interrupted_at >= 1:
                 say("Leaving at once; the last checkpoint stays.")
-                _kill(known)
+                _send(signal.SIGKILL, known)
                 return
             interrupted_at = interrupted_at or time.monotonic()
         if run.stop_reason() is None:
-            run.ask_to_stop(f"signal {signal.Signals(number).name}")
             say("Stopping: the run saves after this step and leaves. Ctrl-C again leaves at once.")
+            try:
+                run.ask_to_stop(f"signal {signal.Signals(number).name}")
+            except OSError as error:  # a full disk: ranks hear signals too
+                say(f"STOP could not be written ({error}); passing SIGTERM on.")
+                _send(signal.SIGTERM, known)
 
     wanted = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup stays nohup
     former = {number: signal.signal(number, answer) for number in wanted}
@@ -217,14 +214,12 @@ def _children() -> list:
     return psutil.Process().children(recursive=True)
 
 
-def _kill(known: set[int]) -> None:
-    """SIGKILL to everything below this process that was not there before."""
-    import psutil
-
+def _send(number: signal.Signals, known: set[int]) -> None:
+    """A signal to everything below this process that was not there before."""
     for child in _children():
         if child.pid not in known:
-            with suppress(psutil.Error):
-                child.kill()
+            with suppress(ProcessLookupError):
+                os.kill(child.pid, number)
 
 
 def _wait_for_rest(known: set[int], patience_s: float) -> None:
@@ -237,7 +232,7 @@ def _wait_for_rest(known: set[int], patience_s: float) -> None:
         if all(child.pid in known for child in _children()):
             return
         if time.monotonic() >= deadline:
-            _kill(known)
+            _send(signal.SIGKILL, known)
         time.sleep(0.05)
 
 

@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
     from train import stop
 
     stop.catch_early()
-    return run(cfg, options.get("--step") or "last", accept="--accept" in flags)
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a death: on from where it was
+    return run(cfg, "last" if again else options.get("--step") or "last", accept="--accept" in flags)
 
 
 def run(cfg: object, step: str, *, accept: bool) -> int:
