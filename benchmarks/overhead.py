@@ -253,7 +253,10 @@ def ours(size: str, turns: Turns, *more: str) -> float:
         sys.stdout = quiet
 
     turns._say = say  # type: ignore[method-assign]
-    train(config.compose([*overrides(size, turns.steps), f"run.root={where}", "run.name=ours", *more]), lifecycle.Request())
+    train(
+        config.compose([*overrides(size, turns.steps), f"run.root={where}", "run.name=ours", *more]),
+        lifecycle.Request(),
+    )
     sys.stdout = out
     last = [json.loads(line) for line in (Path(where) / "ours" / "metrics.jsonl").read_text().splitlines()][-1]
     shutil.rmtree(where, ignore_errors=True)
@@ -276,7 +279,13 @@ LOOPS: dict[str, Callable[[str, Turns], float]] = {
 def measure(size: str, names: list[str], *, blocks: int, block: int) -> dict[str, dict[str, Any]]:
     """Start the contenders one after the other, then let them take turns."""
     steps = blocks * block + 1
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "offline",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "HF_HUB_OFFLINE": "1",
+    }
     running: dict[str, subprocess.Popen[str]] = {}
     found: dict[str, dict[str, Any]] = {name: {"wall": []} for name in names}
 
@@ -294,8 +303,21 @@ def measure(size: str, names: list[str], *, blocks: int, block: int) -> dict[str
 
     for name in names:
         began = time.time()
-        command = [sys.executable, __file__, "--contender", name, "--sizes", size, "--blocks", str(blocks), "--block", str(block)]
-        running[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT)
+        command = [
+            sys.executable,
+            __file__,
+            "--contender",
+            name,
+            "--sizes",
+            size,
+            "--blocks",
+            str(blocks),
+            "--block",
+            str(block),
+        ]
+        running[name] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env, cwd=ROOT
+        )
         found[name]["first_step_s"] = hear(name)["first"] - began
     for _ in range(blocks):
         for name in names:
@@ -313,7 +335,9 @@ def measure(size: str, names: list[str], *, blocks: int, block: int) -> dict[str
 def table(size: str, found: dict[str, dict[str, Any]]) -> Iterator[str]:
     raw_loss = found["raw"]["loss"]
     for name, values in found.items():
-        assert abs(values["loss"] - raw_loss) <= 1e-4 * abs(raw_loss), f"{name} trained something else: {values['loss']} {raw_loss}"
+        assert abs(values["loss"] - raw_loss) <= 1e-4 * abs(raw_loss), (
+            f"{name} trained something else: {values['loss']} {raw_loss}"
+        )
     tokens = 8 * int(next(o for o in SIZES[size] if "seq_len" in o).split("=")[1])
     # Differences block by block: contenders of one round ran within seconds of each other.
     per_round = {n: [statistics.median(w) * 1e3 for w in v["wall"] if w] for n, v in found.items()}

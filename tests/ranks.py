@@ -37,7 +37,9 @@ def run_jobs(world_size: int, jobs: list[list[str]], *, setup: str = "", timeout
                "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
                "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}  # fmt: skip
         command = [sys.executable, str(Path(__file__)), json.dumps(jobs), setup]
-        processes.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        processes.append(
+            subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
     outputs = []
     try:
         for process in processes:

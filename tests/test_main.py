@@ -33,7 +33,13 @@ def differences(run: Path, reference: Path) -> tuple[float, float]:
     return loss, norm
 
 
-EXACT = ["numerics=exact", "train.max_steps=6", "train.global_batch_size=6", "model.dropout=0.1", "strategy.micro_batch_size=null"]
+EXACT = [
+    "numerics=exact",
+    "train.max_steps=6",
+    "train.global_batch_size=6",
+    "model.dropout=0.1",
+    "strategy.micro_batch_size=null",
+]
 HALVED = """
 from train import strategy
 original = strategy.Strategy.__init__
@@ -138,7 +144,9 @@ def test_the_ledger_accounts_for_every_sample(root: Path, reference: Path) -> No
     assert ledger.check(records, {}, sequence, 20) == []
     tampered = [dict(r) for r in records]
     tampered[4]["digest"] += 1
-    assert ledger.check(tampered, {}, sequence, 20) == ["step 5: other samples went into the model than the order gives to it"]
+    assert ledger.check(tampered, {}, sequence, 20) == [
+        "step 5: other samples went into the model than the order gives to it"
+    ]
 
 
 def _train_sizes(identity: dict) -> list[int]:

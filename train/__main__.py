@@ -122,10 +122,12 @@ def multirun(argv: list[str]) -> int:
     import subprocess
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return complain([
-            "-m starts a sweep, and a sweep is not started from inside a launch of several ranks: each rank would run all "
-            "of it. Type instead: gearshift run " + " ".join(argv)
-        ])
+        return complain(
+            [
+                "-m starts a sweep, and a sweep is not started from inside a launch of several ranks: each rank would run all "
+                "of it. Type instead: gearshift run " + " ".join(argv)
+            ]
+        )
     return subprocess.call([sys.executable, "-m", "launch", "run", *argv])
 
 

@@ -226,7 +226,11 @@ def _header(ranges: list[tuple[str, str, int, int]], names: dict[str, int]) -> t
     entries: dict[str, Any] = {}
     offset, table, kinds = 0, {}, []
     for name, kind, start, numel in ranges:
-        entries[f"{name}|{kind}|{start}"] = {"dtype": "F32", "shape": [numel], "data_offsets": [offset, offset + 4 * numel]}
+        entries[f"{name}|{kind}|{start}"] = {
+            "dtype": "F32",
+            "shape": [numel],
+            "data_offsets": [offset, offset + 4 * numel],
+        }
         offset += 4 * numel
         table[names[name], start] = numel
         if kind not in kinds:
@@ -377,11 +381,15 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
     else:
         wanted = int(which)
     if wanted not in steps:
-        raise CheckpointError(f"{run.path} has no checkpoint of step {wanted if wanted is not None else which}; it has {steps}")
+        raise CheckpointError(
+            f"{run.path} has no checkpoint of step {wanted if wanted is not None else which}; it has {steps}"
+        )
     yield run.checkpoint(wanted)
 
 
-def newest(run: RunDir, procs: Processes, which: str | int = "last", say: Callable[[str], None] = log.warning) -> Reader | None:
+def newest(
+    run: RunDir, procs: Processes, which: str | int = "last", say: Callable[[str], None] = log.warning
+) -> Reader | None:
     """The first candidate that verifies, the work of hashing shared over the ranks; None if there is no checkpoint.
 
     Corrupt ones are named and passed over, before any state is touched. Raises CheckpointError if all are corrupt.

@@ -59,7 +59,9 @@ def check(records: list[dict[str, Any]], resumed: dict[int, int], order: Order, 
         record = truth.get(step)
         positions = order.positions(step - 1)
         if record is None:
-            problems.append(f"step {step}: no line; positions {positions.start} to {positions.stop - 1} are not accounted for")
+            problems.append(
+                f"step {step}: no line; positions {positions.start} to {positions.stop - 1} are not accounted for"
+            )
             continue
         if (record["first"], record["last"]) != (positions.start, positions.stop - 1):
             problems.append(f"step {step}: positions {record['first']} to {record['last']}, expected "

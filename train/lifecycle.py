@@ -161,7 +161,9 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
         f"  duration   {total_steps:,} steps" + (f", from step {step:,}" if step else ""),
     ]
     if cfg.numerics == "exact":
-        lines.append("  exact      one forward per sample and gradients summed along one tree: expect 1.2 to 2 times the time of a step")
+        lines.append(
+            "  exact      one forward per sample and gradients summed along one tree: expect 1.2 to 2 times the time of a step"
+        )
     print("\n".join(lines), flush=True)
 
 

@@ -75,6 +75,7 @@ def catch_early() -> None:
 
     Under our launcher or an elastic agent, its death is such a request: killed, it can pass nothing on (Linux).
     """
+
     def note(number: int, frame: FrameType | None) -> None:
         EARLY.setdefault("reason", signal.Signals(number).name)
         EARLY.setdefault("at", time.monotonic())

@@ -150,18 +150,24 @@ def start(cfg: Config) -> Processes:
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     name = resolve(cfg, world_size)
     if name == "single" and world_size > 1:
-        raise ConfigError([f"strategy=single runs on one process; {world_size} were started. Use strategy=ddp, or start one."])
+        raise ConfigError(
+            [f"strategy=single runs on one process; {world_size} were started. Use strategy=ddp, or start one."]
+        )
     if world_size > cfg.train.global_batch_size:
-        raise ConfigError([
-            f"{world_size} ranks for train.global_batch_size={cfg.train.global_batch_size}: a rank needs at least one "
-            f"sample. Start at most {cfg.train.global_batch_size} processes, or raise train.global_batch_size."
-        ])
+        raise ConfigError(
+            [
+                f"{world_size} ranks for train.global_batch_size={cfg.train.global_batch_size}: a rank needs at least one "
+                f"sample. Start at most {cfg.train.global_batch_size} processes, or raise train.global_batch_size."
+            ]
+        )
     _neutralise_environment(name)
 
     wanted = cfg.hardware.device
     kind = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(["hardware.device=cuda, but torch finds no CUDA device. Use hardware=cpu or hardware.device=auto."])
+        raise ConfigError(
+            ["hardware.device=cuda, but torch finds no CUDA device. Use hardware=cpu or hardware.device=auto."]
+        )
     device = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
@@ -182,7 +188,9 @@ def start(cfg: Config) -> Processes:
     if owns_group:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
         timeout = datetime.timedelta(seconds=max(cfg.run.startup_timeout_s, cfg.run.step_timeout_s))
-        dist.init_process_group(backend, store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(
+            backend, store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout
+        )
     if dist.is_initialized() and dist.get_world_size() != world_size:  # the silent disaster: each rank training alone
         raise Mismatch(f"the launcher started {world_size} processes, but the group has {dist.get_world_size()}")
     return Processes(rank, local_rank, world_size, device, owns_group)
@@ -258,7 +266,9 @@ class Strategy:
 
     # -- wrapping
 
-    def prepare(self, module: nn.Module, values: Values, blocks: list[nn.Module], make_optimizer: MakeOptimizer) -> None:
+    def prepare(
+        self, module: nn.Module, values: Values, blocks: list[nn.Module], make_optimizer: MakeOptimizer
+    ) -> None:
         """Place, fill and wrap `module` (on the meta device where it has no weights yet), then build the optimizer.
 
         blocks: the repeated layers, for activation checkpointing, compilation and sharding.
@@ -355,7 +365,11 @@ class Strategy:
 
     def kinds(self) -> list[str]:
         """Kinds of state each trainable parameter has: its master and the optimizer's moments."""
-        moments = {"adamw": ["exp_avg", "exp_avg_sq"], "adamw_8bit": ["exp_avg", "exp_avg_sq"], "sgd": ["momentum_buffer"]}
+        moments = {
+            "adamw": ["exp_avg", "exp_avg_sq"],
+            "adamw_8bit": ["exp_avg", "exp_avg_sq"],
+            "sgd": ["momentum_buffer"],
+        }
         if self.cfg.optim.name == "sgd" and not self.cfg.optim.momentum:
             return ["master"]
         return ["master", *moments[self.cfg.optim.name]]
@@ -438,7 +452,9 @@ class Strategy:
     def counters(self) -> dict[str, int]:
         """The optimizer's own step counters, by parameter."""
         return {
-            n: int(self.optimizer.state[p]["step"]) for n, p in self.trainable().items() if "step" in self.optimizer.state[p]
+            n: int(self.optimizer.state[p]["step"])
+            for n, p in self.trainable().items()
+            if "step" in self.optimizer.state[p]
         }
 
     @contextlib.contextmanager
@@ -495,7 +511,9 @@ class Strategy:
         wrong = [f"{k}: asked {v}, got {got[k]}" for k, v in asked.items() if got[k] != v]
         covered = got["micro_batch_size"] * got["gradient_accumulation_steps"] * got["world_size"]
         if covered < self.cfg.train.global_batch_size:
-            wrong.append(f"batch: {covered} samples a step for train.global_batch_size={self.cfg.train.global_batch_size}")
+            wrong.append(
+                f"batch: {covered} samples a step for train.global_batch_size={self.cfg.train.global_batch_size}"
+            )
         if wrong:
             raise Mismatch("; ".join(wrong))
         return got
@@ -520,7 +538,7 @@ def micro_batch_size(cfg: Config, world_size: int) -> int:
 
 def micro_steps(cfg: Config, world_size: int, micro: int) -> int:
     """Micro-steps of every rank: those of the rank with most work; the others add zero-weight ones."""
-    return -(-(-(-cfg.train.global_batch_size // world_size)) // micro)
+    return math.ceil(math.ceil(cfg.train.global_batch_size / world_size) / micro)
 
 
 def precision_of(cfg: Config, device: torch.device) -> str:

@@ -12,7 +12,6 @@ are made from rounded bf16 weights; compute weights are copies of the masters ev
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train.strategy import DTYPES, MakeOptimizer, Mismatch, NonFinite, Strategy, Values, materialise, set_lr
+from train.strategy import (
+    DTYPES,
+    MakeOptimizer,
+    Mismatch,
+    NonFinite,
+    Strategy,
+    Values,
+    materialise,
+    micro_steps,
+    set_lr,
+)
 
 
 class Zero(Strategy):
@@ -52,7 +61,13 @@ class Zero(Strategy):
         cpu = self.procs.device.type == "cpu"
         if cpu:
             os.environ["DS_ACCELERATOR"] = "cpu"
-        for key, value in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}.items():
+        for key, value in {
+            "RANK": 0,
+            "WORLD_SIZE": 1,
+            "LOCAL_RANK": 0,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": 29500,
+        }.items():
             os.environ.setdefault(key, str(value))  # DeepSpeed reads them on one process too
         from accelerate import Accelerator
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
@@ -70,7 +85,7 @@ class Zero(Strategy):
     def settings(self) -> dict[str, Any]:
         """DeepSpeed's config, every value explicit."""
         s, ranks = self.cfg.strategy, self.procs.world_size
-        steps = -(-(-(-self.cfg.train.global_batch_size // ranks)) // self.micro_batch_size)
+        steps = micro_steps(self.cfg, ranks, self.micro_batch_size)
         bucket = max(1, int(s.bucket_mb * 2**20) // 4)  # elements
         zero: dict[str, Any] = {
             "stage": self.stage,
@@ -151,7 +166,7 @@ class Zero(Strategy):
 
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
         optimizer = make_optimizer(self.trainable())
-        self.engine, prepared = self.accelerator.prepare(self.module, optimizer)
+        self.engine, _ = self.accelerator.prepare(self.module, optimizer)
         self.model, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero
         if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
