@@ -250,9 +250,6 @@ def test_tensorboard_reads_it_back_and_a_resume_replaces_what_it_repeats(run: Ru
     assert events.Scalars("loss")[3].value == 0.25
     assert [event.step for event in events.Scalars("eval_loss")] == [20]
     assert "loss_hex" not in events.Tags()["scalars"]
-    (text,) = events.Tensors("config/text_summary")[-1].tensor_proto.string_val
-    assert b"optim.lr: 0.0003" in text
-    assert HASHES["math_hash"].encode() in text
 
 
 @pytest.mark.usefixtures("clean_environment")
@@ -407,11 +404,3 @@ def test_without_trackers_or_off_the_main_process_nothing_happens(run: RunDir) -
     tracker.close({})
     assert threading.active_count() == threads
     assert not list(run.logs.iterdir())
-
-
-def test_the_libraries_are_imported_nowhere_else() -> None:
-    for file in [*ROOT.glob("train/**/*.py"), *ROOT.glob("launch/**/*.py")]:
-        if file.name != "trackers.py":
-            for line in file.read_text().splitlines():
-                words = line.split()
-                assert not (words[:1] in (["import"], ["from"]) and words[1].split(".")[0] in trackers.NAMES), file

@@ -388,7 +388,6 @@ class _TensorBoard:
 
         self._writer = EventFileWriter(str(Path(spec["directory"]) / "tensorboard"), flush_secs=10)
         self._begun = False
-        self._write_text("config", "\n".join(f"    {key}: {value}" for key, value in _flat(spec["config"])))
 
     def log(self, rows: list[dict[str, float]]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -404,18 +403,7 @@ class _TensorBoard:
             self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        self._write_text("result", "\n".join(f"    {key}: {value}" for key, value in summary.items()))
         self._writer.close()
-
-    def _write_text(self, tag: str, text: str) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-        from tensorboard.compat.proto.tensor_pb2 import TensorProto
-
-        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        tensor = TensorProto(dtype="DT_STRING", string_val=[text.encode()])
-        value = Summary.Value(tag=f"{tag}/text_summary", metadata=kind, tensor=tensor)
-        self._writer.add_event(Event(wall_time=time.time(), summary=Summary(value=[value])))
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
