@@ -69,7 +69,7 @@ def explain(error: BaseException, kind: Kind, name: str, revision: str | None = 
     words = " ".join(str(link) for link in chain).lower()
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{name}"
     login = "log in with `hf auth login` (or set HF_TOKEN to a token that may read it)"
-    if "GatedRepoError" in kinds or re.search(r"\bgated\b", words):
+    if "GatedRepoError" in kinds or re.search("(is|access) a gated", words):
         return DataError(f"The {kind} {name} is gated: accept its licence at {page}, then {login}, and try again.")
     if "RevisionNotFoundError" in kinds:
         return DataError(f"The {kind} {name} has no revision {revision!r}. See {page}/commits/main for what it has.")

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ def make(origin: Origin, directory: Path, texts: Callable[[], Iterator[str]], si
         }
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     else:
-        _copy(origin, directory)
+        _copy(origin, directory, cache.cache_root(cfg))
     settings = json.loads((directory / "tokenizer_config.json").read_text())
     template = _template(cfg)
     if template is not None and settings.pop("chat_template", None) is not None:
@@ -224,7 +225,7 @@ def _letters() -> list[str]:
     return [chr(byte if byte in prints else 256 + others.index(byte)) for byte in range(256)]
 
 
-def _copy(origin: Origin, directory: Path) -> None:
+def _copy(origin: Origin, directory: Path, root: Path) -> None:
     """Bring a tokenizer of others into `directory`: its files as they are, or what `transformers` makes of them."""
     where = origin.directory
     if where is None:
@@ -235,16 +236,24 @@ def _copy(origin: Origin, directory: Path) -> None:
             where = Path(snapshot_download(origin.word, revision=origin.commit, allow_patterns=wanted))
         except Exception as error:
             raise hub.explain(error, "model", origin.word, origin.commit) from None
-    if not origin.gguf_file and all((where / name).is_file() for name in _FILES[:2]):
-        return save(where, directory)
+    if origin.gguf_file or not all((where / name).is_file() for name in _FILES[:2]):
+        converted = root / "tokenizers" / origin.identity[:32]  # kept, as reading a GGUF file takes many seconds
+        if not converted.is_dir():
+            cache.publish(converted, partial(_convert, origin, where))
+        where = converted
+    save(where, directory)
+
+
+def _convert(origin: Origin, where: Path, to: Path) -> None:
+    """Write the fast form of a tokenizer that has another."""
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(where, gguf_file=origin.gguf_file, trust_remote_code=False)
-        loaded.save_pretrained(directory)
+        loaded.save_pretrained(to)
     except Exception as error:
         raise hub.explain(error, "model", origin.word, origin.commit) from error
-    if not (directory / "tokenizer.json").is_file():
+    if not (to / "tokenizer.json").is_file():
         raise DataError(f"{origin.word}: its tokenizer has no fast form (tokenizer.json), which is needed here.")
 
 
