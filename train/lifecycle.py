@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train import config, data, describe, rundir
@@ -92,6 +93,7 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         word = replace(cfg, train=replace(cfg.train, precision=identity.precision))
         identity = replace(identity, precision=precision_of(word, procs.device))
         rundir.freeze(cfg, run, identity, lock.attempt)
+        _keep_data_facts(run, prepared)
         rundir.atomic_write(run.env, rundir.to_json(describe.env_info(), indent=2))
         run.write_result("running", lock.attempt, math_hash=identity.math_hash, exec_hash=identity.exec_hash)
         return {**opened, "finished": False, "attempt": lock.attempt, "precision": identity.precision}
@@ -112,6 +114,16 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
     if not _opened.finished:
         metrics.start_logging(_opened.run, procs.rank)
     return _opened
+
+
+def _keep_data_facts(run: RunDir, prepared: Prepared) -> None:
+    """So that `predict`, `export` and another run can use the model where the data is not."""
+    facts = {"kind": prepared.kind, "fingerprints": prepared.fingerprints, "info": prepared.info}
+    rundir.atomic_write(run.data, rundir.to_json(facts, indent=1))
+    if "tokenizer" in prepared.info:
+        from train.data import tokenizer
+
+        tokenizer.save(Path(prepared.info["tokenizer"]), run.tokenizer)
 
 
 def _clear_stale_requests(run: RunDir) -> None:

@@ -202,6 +202,8 @@ class RunDir:
         self.path = Path(os.path.abspath(Path(path).expanduser()))
         self.config = self.path / "config.yaml"  # resolved and frozen
         self.identity = self.path / "math.json"  # what a resume is compared with
+        self.data = self.path / "data.json"  # what `prepare` counted: enough to use the model without the data
+        self.tokenizer = self.path / "tokenizer"  # of a language model, as Hugging Face's libraries load it
         self.plan = self.path / "plan.json"  # predicted
         self.env = self.path / "env.json"  # command, code, packages, devices of the newest attempt
         self.metrics = self.path / "metrics.jsonl"  # a line for every step

@@ -64,6 +64,15 @@ class Task(Protocol):
         """What the model says, one entry per row of weight 1."""
         ...
 
+    def predict_files(
+        self, model: nn.Module, source: Path | None, directory: Path, say: Callable[[str], None] = print
+    ) -> dict[str, float]:
+        """Predict for a file or folder, or (None) for the held-out data, and write the answers as files into `directory`.
+
+        Returns metrics where the true answers are there. Raises data.DataError.
+        """
+        ...
+
     def sample(self, model: nn.Module, step: int, directory: Path | None) -> None:
         """Make the predictions that people look at, and write them as files into `directory`.
 

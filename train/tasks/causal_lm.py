@@ -12,6 +12,7 @@ models (`train/models`).
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train import models
+from train.data import DataError
 from train.models import ModelError
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     Batch = dict[str, Tensor]
 
 IGNORED = -100
+PROMPTS_AT_ONCE = 8
 TEMPERATURE = 0.8
 """Of sampled continuations: they show what a model has learned better than the most likely words, which soon repeat."""
 
@@ -134,6 +137,27 @@ class CausalLM:
         new = self.generate(model, batch, temperature=0.0)
         return [self._decode(row) for row, weight in zip(new.tolist(), batch["weight"].tolist()) if weight > 0]
 
+    def predict_files(
+        self, model: nn.Module, source: Path | None, directory: Path, say: Callable[[str], None] = print
+    ) -> dict[str, float]:
+        """Write `predictions.jsonl`, an object with `prompt` and `continuation` per prompt, into `directory`.
+
+        The prompts are the lines of a text file, the fields `prompt` (or `text`) of a .jsonl, or, without a file,
+        `eval.prompt`. Continues greedily, so the same prompts give the same file. Raises DataError.
+        """
+        prompts = _prompts(source) if source is not None else [self.cfg.eval.prompt]
+        device = next(model.parameters()).device
+        directory.mkdir(parents=True, exist_ok=True)
+        target = directory / "predictions.jsonl"
+        with target.open("w", encoding="utf-8") as file:
+            for start in range(0, len(prompts), PROMPTS_AT_ONCE):
+                part = prompts[start : start + PROMPTS_AT_ONCE]
+                batch = {key: value.to(device) for key, value in self.encode(part).items()}
+                for prompt, continuation in zip(part, self.predict(model, batch)):
+                    file.write(json.dumps({"prompt": prompt, "continuation": continuation}, ensure_ascii=False) + "\n")
+        say(f"{len(prompts):,} prompts continued: {target}")
+        return {}
+
     def sample(self, model: nn.Module, step: int, directory: Path | None) -> None:
         """`sample-0.txt` and so on: `eval.prompt` and its continuation, drawn by (seed, step, number)."""
         device = next(model.parameters()).device
@@ -172,6 +196,24 @@ class CausalLM:
                         odds = F.softmax(score / temperature, dim=0)
                         row.append(int(torch.multinomial(odds, 1, generator=generator)))
         return torch.tensor([row[length:] for row, length in zip(rows, lengths)])
+
+
+def _prompts(source: Path) -> list[str]:
+    """The prompts of a file. Raises DataError."""
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+        if source.suffix == ".jsonl":
+            rows = [json.loads(line) for line in lines if line.strip()]
+            lines = [row["prompt"] if "prompt" in row else row["text"] for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{source}: {type(error).__name__}: {error}. Give a text file with a prompt per line, or a .jsonl file whose "
+            "rows have a field prompt."
+        ) from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise DataError(f"{source} holds no prompt: a text file has one per line, a .jsonl file in the field prompt.")
+    return prompts
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
