@@ -97,11 +97,11 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         # by that, so the gradient depends neither on the split nor on padding), what really went into the model (for the
         # ledger), and whether any rank wishes to stop or save (so that all do, at the same step).
         wish = stop.reason(step)
-        tally = [torch.stack([task.count(b), b["weight"].count_nonzero(), b["sample"].sum()]).cpu() for b in batches]
+        tally = [torch.stack([task.count(b), b["weight"].count_nonzero(), b["sample"].sum()]) for b in batches]
         wishes = torch.tensor([wish is not None, stop.save_wanted()], dtype=torch.int64)
         targets, samples, keys, stopping, saving = procs.sum(torch.cat([torch.stack(tally).sum(0), wishes])).tolist()
 
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(map(loader.to_device, batches)):
             with models.keyed(engine.module, batch, cfg.seed), engine.micro_step(last=i == len(batches) - 1):
                 loss_sum, _ = task.loss(engine.model, batch)
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
@@ -135,6 +135,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         save = last or reason or due or saving or (improved and cfg.checkpoint.keep_best)
         if save or step % cfg.log.every == 0:  # before a save: no resume begins above a step that has no line
             for row in meter.flush():
+                engine.judge(row["grad_norm"])
                 tracker.log(row)
         if save:
             counters["wall_s"] = before + time.monotonic() - started

@@ -61,13 +61,14 @@ class Loader:
         self._ahead: tuple[int, Future[_Pending]] | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """The micro-batches of this rank for 0-based `step`; the reading of `step` + 1 begins before it returns."""
+        """The micro-batches of this rank for 0-based `step`, in (pinned) host memory, so that they can be counted without
+        waiting for a device; `to_device` moves one. The reading of `step` + 1 begins before it returns."""
         begun = time.perf_counter()
         planned = self._ahead[1] if self._ahead and self._ahead[0] == step else self._pool.submit(self._plan, step)
         self._ahead = (step + 1, self._pool.submit(self._plan, step + 1))
         batches = planned.result().wait()
         self.wait_s = time.perf_counter() - begun
-        return [self._to_device(batch) for batch in batches]
+        return batches
 
     def eval_batches(self, dataset: Dataset, n: int | None = None) -> Iterator[Batch]:
         """The first `n` samples of `dataset` (all of them by default), each on exactly one rank.
@@ -87,9 +88,9 @@ class Loader:
         for part in parts:
             planned, ahead = ahead, self._pool.submit(plan, part)
             if planned is not None:
-                yield from map(self._to_device, planned.result().wait())
+                yield from map(self.to_device, planned.result().wait())
         if ahead is not None:
-            yield from map(self._to_device, ahead.result().wait())
+            yield from map(self.to_device, ahead.result().wait())
 
     def close(self) -> None:
         """Let the threads go; what was read ahead is dropped."""
@@ -161,7 +162,8 @@ class Loader:
         kind = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.empty(shape, dtype=kind, pin_memory=self.device.type == "cuda")
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """The batch on the device; the copy overlaps with what the device does."""
         if self.device.type == "cpu":
             return batch
         return {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}

@@ -330,7 +330,11 @@ class Strategy:
         Raises NonFinite, on every rank, before anything was changed.
         """
         norm = self.grad_norm()
-        if not self.finite(norm):
+        if self.optimizer.defaults.get("fused") and self.cfg.numerics == "fast":
+            # The kernel itself leaves weights and state alone when this is 1, so the host need not wait for the device in
+            # every step; it learns of it when the metrics are fetched (`judge`).
+            self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
+        elif not self.finite(norm):
             return None
         if self.cfg.optim.clip is not None:
             coefficient = torch.clamp(self.cfg.optim.clip / (norm + 1e-6), max=1.0)
@@ -348,13 +352,17 @@ class Strategy:
         return torch.linalg.vector_norm(torch.stack(norms))
 
     def finite(self, norm: Tensor) -> bool:
-        """The norm is the same on all ranks, so all of them decide the same. Applies `train.nonfinite`."""
+        """Whether to update. The norm is the same on all ranks, so all of them decide the same."""
         if math.isfinite(norm.item()):
             return True
         self.optimizer.zero_grad(set_to_none=True)
-        if self.cfg.train.nonfinite == "skip":
-            return False
-        raise NonFinite(f"gradient norm {norm.item()}")
+        self.judge(norm.item())
+        return False
+
+    def judge(self, norm: float | None) -> None:
+        """Apply `train.nonfinite` to the gradient norm of a step; None is a step that was skipped. Raises NonFinite."""
+        if norm is not None and not math.isfinite(norm) and self.cfg.train.nonfinite == "stop":
+            raise NonFinite(f"gradient norm {norm}")
 
     def update_ema(self) -> None:
         if self.ema:
