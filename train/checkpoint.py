@@ -414,11 +414,8 @@ def newest(
     return None
 
 
-def read_masters(run_dir: str | Path, step: str | int = "best", *, averaged: bool = True) -> dict[str, torch.Tensor]:
-    """Trained weights by name, fp32 on the CPU, aliases of tied ones included; the moving average where there is one."""
-    import torch
-
-    run = RunDir(run_dir)
+def find(run: RunDir, step: str | int) -> Path:
+    """The checkpoint that `best` (the newest, where nothing was evaluated), `last` or a number means. Raises CheckpointError."""
     try:
         path = next(choose(run, step), None)
     except CheckpointError:
@@ -426,7 +423,15 @@ def read_masters(run_dir: str | Path, step: str | int = "best", *, averaged: boo
             raise
         path = next(choose(run, "last"), None)
     if path is None:
-        raise CheckpointError(f"{run.path} has no checkpoint")
+        raise CheckpointError(f"{run.path} has no checkpoint yet; a run saves at every stop and at its end.")
+    return path
+
+
+def read_masters(run_dir: str | Path, step: str | int = "best", *, averaged: bool = True) -> dict[str, torch.Tensor]:
+    """Trained weights by name, fp32 on the CPU, aliases of tied ones included; the moving average where there is one."""
+    import torch
+
+    path = find(RunDir(run_dir), step)
     reader = Reader(path)
     reader.verify()
     kind = "ema" if averaged and "ema" in reader.kinds else "master"

@@ -51,7 +51,7 @@ class Weights:
     """Name -> the whole tensor on the CPU, in the dtype it is stored in."""
 
 
-def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
+def build(cfg: Config, info: Mapping[str, Any]) -> Any:
     """The model of `model.path`: parameters fp32 on meta, with `starting_weights` saying what each is filled from.
 
     A head that the checkpoint lacks, or has in another size, is listed in `model.fresh` and starts from scratch (a
@@ -64,7 +64,7 @@ def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
     return model
 
 
-def adapt(model: nn.Module, cfg: Config) -> nn.Module:
+def adapt(model: Any, cfg: Config) -> Any:
     """LoRA over `model`, a peft model: adapters (and a fresh head) are trained in fp32, nothing else is.
 
     Frozen parameters are stored in the run's precision, for QLoRA the matrices in 4 bits (NF4, double quantisation) in
@@ -85,7 +85,7 @@ def adapt(model: nn.Module, cfg: Config) -> nn.Module:
             model,
             peft.LoraConfig(
                 r=config.r,
-                lora_alpha=config.alpha,
+                lora_alpha=config.alpha,  # type: ignore[arg-type]  # it divides by r, nothing else
                 lora_dropout=config.dropout,
                 target_modules=targets,
                 exclude_modules=sorted({name.rpartition(".")[0] for name in fresh}) or None,
@@ -134,7 +134,7 @@ def locate(cfg: Config) -> Path:
         raise hub.explain(error, "model", name, commit) from None
 
 
-def _open(cfg: Config, info: Mapping[str, Any]) -> tuple[nn.Module, Weights]:
+def _open(cfg: Config, info: Mapping[str, Any]) -> tuple[Any, Weights]:
     """The model behind `cfg.model.path`, on meta, and its weights by the model's own names."""
     directory = locate(cfg)
     if (directory / "checkpoints").is_dir():
@@ -173,7 +173,7 @@ def _open_run(directory: Path, cfg: Config, info: Mapping[str, Any]) -> tuple[nn
         weight, layer = base.read(name).float(), name.removesuffix(".weight")
         if layer in adapters:
             delta = masters[f"{layer}.lora_B.default.weight"] @ masters[f"{layer}.lora_A.default.weight"]
-            weight += scale * (delta.T if layer in transposed else delta)
+            weight = weight + scale * (delta.T if layer in transposed else delta)  # what was read may be read again
         return weight
 
     trained = {name: tuple(tensor.shape) for name, tensor in masters.items() if ".lora_" not in name}
@@ -209,7 +209,7 @@ def _from_config(directory: Path, cfg: Config, info: Mapping[str, Any]) -> nn.Mo
     return model
 
 
-def _check_language_model(model: nn.Module, cfg: Config, info: Mapping[str, Any]) -> None:
+def _check_language_model(model: Any, cfg: Config, info: Mapping[str, Any]) -> None:
     if cfg.task.name != "causal_lm":
         return
     rows, config = model.get_input_embeddings().weight.shape[0], model.config
@@ -341,10 +341,10 @@ def _matched(model: nn.Module, weights: Weights, cfg: Config) -> Weights:
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
-def _quantise(model: nn.Module, cfg: Config) -> None:
+def _quantise(model: Any, cfg: Config) -> None:
     """Replace the linear layers below the head by 4-bit ones, one whole matrix in memory at a time."""
     try:
-        import bitsandbytes as bnb
+        from bitsandbytes.nn import modules as bnb
     except ImportError as error:
         raise ModelError('peft=qlora needs bitsandbytes: pip install "gearshift[quant]"') from error
     dtype, storage = _frozen_dtype(cfg), _DTYPES[cfg.peft.quant_storage]
@@ -355,10 +355,10 @@ def _quantise(model: nn.Module, cfg: Config) -> None:
         weight = model.starting_weights(f"{name}.weight").to(dtype)
         weight = weight.T.contiguous() if _transposed(layer) else weight
         out_features, in_features = weight.shape
-        small = bnb.nn.Linear4bit(in_features, out_features, bias=layer.bias is not None, compute_dtype=dtype)
+        small: Any = bnb.Linear4bit(in_features, out_features, bias=layer.bias is not None, compute_dtype=dtype)
         # In evaluation this CPU path repacks the weights in place, and what is trained afterwards is another model.
         small.support_avx512bf16_for_cpu = False
-        small.weight = bnb.nn.Params4bit(weight, quant_type="nf4", quant_storage=storage, module=small).to("cpu")
+        small.weight = bnb.Params4bit(weight, quant_type="nf4", quant_storage=storage, module=small).to("cpu")
         if layer.bias is not None:
             small.bias = layer.bias
         parent, _, leaf = name.rpartition(".")
