@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from train import data
-from train.config import Config, DataConfig
+from train.config import Config, DataConfig, SourceConfig
 from train.data import DataError, digits, images, pictures, views
 from train.data.views import Tiles, spans, training_view, uniforms
 
@@ -335,3 +335,17 @@ def test_held_out_digits_are_a_fifth_of_each_class(tmp_path: Path) -> None:
     labels = [int(val_set.get(i, 0, 0)["label"]) for i in range(len(val_set))]
     assert np.bincount(labels).min() >= 34
     assert images.hold_out(["a", "b"], [0, 0], cfg.data).sum() == 1, "never nothing"
+
+
+def test_several_sources_and_validation_data_of_its_own(tmp_path: Path) -> None:
+    parts = [SourceConfig(str(_classes(tmp_path / name, ["a", "b"], each)), 1.0) for name, each in (("x", 3), ("y", 4))]
+    cfg = _cfg(tmp_path, task="classify", path=None, sources=parts, val_path=str(_classes(tmp_path / "z", ["b"])))
+    prepared = data.prepare(cfg, lambda _: None)
+    assert prepared.info["train_samples"] == [6, 8]
+    assert sorted(prepared.fingerprints) == ["data", "data0", "data1", "val"]
+    train_sets, val_set = data.open_datasets(prepared, cfg)
+    assert [len(train_set) for train_set in train_sets] == [6, 8]
+    assert {int(val_set.get(i, 0, 0)["label"]) for i in range(len(val_set))} == {1}
+    cfg.data.val_path = str(_classes(tmp_path / "other", ["c"]))
+    with pytest.raises(DataError, match=r"without a training picture: c. Known: a, b"):
+        data.prepare(cfg, lambda _: None)

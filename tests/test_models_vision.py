@@ -158,3 +158,7 @@ def test_pixels_are_normalised_as_the_checkpoint_says(checkpoints: dict[str, Pat
     assert images.normalisation(cfg, [0.5] * 3, [0.3] * 3) == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     cfg.model.path = str(tmp_path)
     assert images.normalisation(cfg, [0.5] * 3, [0.5] * 3) == ([0.5] * 3, [0.5] * 3)
+
+    run = {"info": {"channels": 1, "mean": [0.7], "std": [0.2], "classes": []}}
+    (tmp_path / "data.json").write_text(json.dumps(run))
+    assert images.checkpoint(cfg) == {"channels": 1, "mean": [0.7], "std": [0.2]}

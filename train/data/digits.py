@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from train.data import DataError, Prepared, cache
-from train.data.images import crops, hold_out, normalisation, pretrained_path, show_crops, tiles
+from train.data.images import checkpoint, crops, hold_out, normalisation, show_crops, tiles
 from train.data.views import Crops, resample, uniforms, unit
 
 if TYPE_CHECKING:
@@ -44,7 +44,9 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
         say(f"Reading scikit-learn's digits{drawing}")
         cache.publish(directory, lambda new: _make(new, cfg))
     meta = json.loads((directory / "meta.json").read_text())
-    channels = 3 if pretrained_path(cfg) else len(meta["mean"])
+    channels = checkpoint(cfg).get("channels") or len(meta["mean"])
+    if channels < len(meta["mean"]):
+        raise DataError(f"model.path={cfg.model.path} sees grey pictures, and data.kind={kind} is in colour.")
     mean, std = normalisation(cfg, *(meta[name] * (channels // len(meta["mean"])) for name in ("mean", "square")))
     info: dict[str, Any] = {
         **{key: meta[key] for key in ("classes", "class_counts", "train_samples")},

@@ -29,7 +29,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from train import config
 from train.data import DataError, Prepared, cache, hub
 from train.data.pictures import Entry, Files, Row, look
 from train.data.views import AUGMENTATIONS, Crops, Pictures, Tiles, overlay
@@ -64,39 +63,32 @@ class Folder:
 
 def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
     """Examine every file once, hold out, count classes. Raises DataError."""
-    paths = [source.path for source in cfg.data.sources] or [cfg.data.path]
-    if not all(paths):
+    if not all(_paths(cfg).values()):
         raise DataError("data.path is not set. Give data.path=FOLDER: " + _layout(cfg))
-    folders = [_examine(str(path), cfg, say) for path in paths]
-    val_folder = _examine(cfg.data.val_path, cfg, say) if cfg.data.val_path else None
-    contents = [folder.content for folder in folders]
-    fingerprints = {"data": contents[0] if len(contents) == 1 else cache.fingerprint(*contents)}
-    if val_folder:
-        fingerprints["val"] = val_folder.content
-    everything = [*folders, *([val_folder] if val_folder else [])]
-    train, val = _split(folders, val_folder, cfg.data)
+    folders = {name: _examine(path, cfg, say) for name, path in _paths(cfg).items()}
+    fingerprints = {name: folder.content for name, folder in folders.items()}
+    fingerprints.setdefault("data", cache.fingerprint(*fingerprints.values()))
+    train, val = _split(folders, cfg.data)
     info = {
-        **_describe([row for rows in train for _, row in rows], [row for f in everything for row in f.rows], cfg),
+        **_describe([row for rows in train for _, row in rows], [row for f in folders.values() for row in f.rows], cfg),
         "train_samples": [len(rows) for rows in train],
-        "bad_rows": sum(folder.bad_rows for folder in everything),
-        "folders": [[str(folder.path), str(folder.directory)] for folder in folders],
-        "val_folder": [str(val_folder.path), str(val_folder.directory)] if val_folder else None,
+        "bad_rows": sum(folder.bad_rows for folder in folders.values()),
     }
     info["val_samples"] = len(tiles(_files(val, info, cfg, training=False), cfg, info, ""))
-    return Prepared(cfg.data.kind, folders[0].directory, fingerprints, info)
+    return Prepared(cfg.data.kind, next(iter(folders.values())).directory, fingerprints, info)
 
 
 def open(prepared: Prepared, cfg: Config) -> tuple[list[Dataset], Dataset]:
     """Training squares, a set per source, and the tiles of the held-out pictures."""
-    info = prepared.info
-    folders = [_load(Path(path), Path(directory)) for path, directory in info["folders"]]
-    val_folder = _load(*map(Path, info["val_folder"])) if info["val_folder"] else None
-    train, val = _split(folders, val_folder, cfg.data)
+    info, contents = prepared.info, prepared.fingerprints
+    folders = {
+        name: _load(Path(path).expanduser(), _directory(cfg, contents[name])) for name, path in _paths(cfg).items()
+    }
+    train, val = _split(folders, cfg.data)
     train_sets: list[Dataset] = [
-        crops(_files(rows, info, cfg, training=True), cfg, info, folder.content) for rows, folder in zip(train, folders)
+        crops(_files(rows, info, cfg, training=True), cfg, info, contents["data"]) for rows in train
     ]
-    content = (val_folder or folders[0]).content
-    return train_sets, tiles(_files(val, info, cfg, training=False), cfg, info, content)
+    return train_sets, tiles(_files(val, info, cfg, training=False), cfg, info, contents.get("val", contents["data"]))
 
 
 def show(prepared: Prepared, cfg: Config) -> list[str]:
@@ -174,9 +166,8 @@ def normalisation(cfg: Config, mean: Sequence[float], square: Sequence[float]) -
 
     Rounded to four digits, because the last bits of a sum differ between machines and these numbers enter every sample.
     """
-    path = pretrained_path(cfg)
-    if path and (found := _checkpoint_normalisation(path, cfg.model.revision)):
-        return found
+    if found := checkpoint(cfg).get("mean"):
+        return found, checkpoint(cfg)["std"]
     spread = [max(math.sqrt(max(s - m * m, 0.0)), 1e-2) for m, s in zip(mean, square)]
     return [round(m, 4) for m in mean], [round(s, 4) for s in spread]
 
@@ -283,6 +274,12 @@ def _layout(cfg: Config) -> str:
 # ---- Examining folders -----------------------------------------------------------------------------------------------
 
 
+def _paths(cfg: Config) -> dict[str, str]:
+    """Name of the fingerprint -> folder: `data`, or `data0`, `data1`, ... for several sources; `val` last."""
+    sources = {f"data{index}": source.path for index, source in enumerate(cfg.data.sources)}
+    return {**(sources or {"data": cfg.data.path or ""}), **({"val": cfg.data.val_path} if cfg.data.val_path else {})}
+
+
 def _examine(path: str, cfg: Config, say: Callable[[str], None]) -> Folder:
     root = Path(path).expanduser()
     if not root.is_dir():
@@ -298,7 +295,7 @@ def _examine(path: str, cfg: Config, say: Callable[[str], None]) -> Folder:
         give = f"Give data.path={path}/train and data.val_path={path}/val."
         raise DataError(f"{path} holds {', '.join(found)}, which are no classes. {give}")
     content = cache.fingerprint(cache.identify(cache.cache_root(cfg), root, [(name, root / name) for name in names]))
-    directory = cache.cache_root(cfg) / "images" / cache.fingerprint(_FORMAT, content, segment)[:32]
+    directory = _directory(cfg, content)
     if not (directory / "rows.json").exists():
         say(f"Looking at {len(entries):,} pictures in {path}")
         cache.publish(directory, lambda new: _write_rows(new, root, content, entries, problems, say))
@@ -341,23 +338,30 @@ def _write_rows(
     (directory / "rows.json").write_text(text)
 
 
+def _directory(cfg: Config, content: str) -> Path:
+    return cache.cache_root(cfg) / "images" / cache.fingerprint(_FORMAT, content, cfg.task.name == "segment")[:32]
+
+
 def _load(path: Path, directory: Path) -> Folder:
-    found = json.loads((directory / "rows.json").read_text())
+    try:
+        found = json.loads((directory / "rows.json").read_text())
+    except OSError:
+        raise DataError(f"{path} is not prepared on this machine. Run `gearshift prepare` with data.path.") from None
     return Folder(path, directory, found["content"], [Row(**row) for row in found["rows"]], found["bad_rows"])
 
 
 Rows = list[tuple[Path, Row]]
 
 
-def _split(folders: list[Folder], val_folder: Folder | None, data: DataConfig) -> tuple[list[Rows], Rows]:
+def _split(folders: dict[str, Folder], data: DataConfig) -> tuple[list[Rows], Rows]:
     """The rows that are trained on, per folder, and those held out, in the order of their hashes: the first few of them
     are a fair sample."""
     train: list[Rows] = []
-    val: Rows = [(val_folder.path, row) for row in val_folder.rows] if val_folder else []
-    for folder in folders:
+    val: Rows = [(folders["val"].path, row) for row in folders["val"].rows] if "val" in folders else []
+    for folder in (folder for name, folder in folders.items() if name != "val"):
         rows = [(folder.path, row) for row in folder.rows]
         held = np.zeros(len(rows), bool)
-        if val_folder is None:
+        if "val" not in folders:
             held = hold_out([row.name for row in folder.rows], [row.label for row in folder.rows], data)
         train.append([row for row, out in zip(rows, held) if not out])
         val += [row for row, out in zip(rows, held) if out]
@@ -382,7 +386,7 @@ def _files(rows: Rows, info: Mapping[str, Any], cfg: Config, *, training: bool) 
 
 def _describe(train: list[Row], everything: list[Row], cfg: Config) -> dict[str, Any]:
     """What a model and a task need to know: classes and how often they occur, channels, normalisation."""
-    channels = 3 if pretrained_path(cfg) else max(row.channels for row in everything)
+    channels = checkpoint(cfg).get("channels") or max(row.channels for row in everything)
     in_channels = [[c % row.channels for c in range(channels)] for row in train]
     mean = np.mean([np.take(row.mean, chosen) for row, chosen in zip(train, in_channels)], axis=0).tolist()
     square = np.mean([np.take(row.square, chosen) for row, chosen in zip(train, in_channels)], axis=0).tolist()
@@ -456,32 +460,30 @@ def _shares(values: Counter[int]) -> str:
     return ", ".join([*shown, *([f"... {len(values)} values"] if len(values) > 20 else [])])
 
 
-def pretrained_path(cfg: Config) -> str | None:
-    """The Hugging Face model that the network of `cfg` comes from, through runs of ours; None where it has none."""
-    path = cfg.model.path
-    while path and (Path(path).expanduser() / "checkpoints").is_dir():
-        path = config.load(Path(path).expanduser()).model.path
-    return path
+def checkpoint(cfg: Config) -> dict[str, Any]:
+    """What the model of `model.path` expects of images: `channels`, `mean` and `std` as far as it says. {} from scratch.
 
-
-def _checkpoint_normalisation(path: str, revision: str | None) -> tuple[list[float], list[float]] | None:
-    """What the model's `preprocessor_config.json` says, in three channels; None where it has none."""
-    file = Path(path).expanduser() / "preprocessor_config.json"
-    if not file.parent.is_dir():
+    A run of ours keeps all of it; a model of transformers has three channels and a `preprocessor_config.json`.
+    """
+    if cfg.model.path is None:
+        return {}
+    directory = Path(cfg.model.path).expanduser()
+    if (directory / "data.json").is_file():
+        return {
+            key: json.loads((directory / "data.json").read_text())["info"][key] for key in ("channels", "mean", "std")
+        }
+    file = directory / "preprocessor_config.json"
+    if not directory.is_dir():
         from huggingface_hub import errors, hf_hub_download
 
         try:
-            file = Path(hf_hub_download(path, file.name, revision=revision))
+            file = Path(hf_hub_download(cfg.model.path, file.name, revision=cfg.model.revision))
         except Exception as error:
             if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
-                return None
-            raise hub.explain(error, "model", path, revision) from None
-    if not file.exists():
-        return None
-    found = json.loads(file.read_text())
-    mean, std = (found.get("image_mean"), found.get("image_std")) if found.get("do_normalize", True) else (0.0, 1.0)
+                return {"channels": 3}
+            raise hub.explain(error, "model", cfg.model.path, cfg.model.revision) from None
+    said = json.loads(file.read_text()) if file.is_file() else {}
+    mean, std = (said.get("image_mean"), said.get("image_std")) if said.get("do_normalize", True) else (0.0, 1.0)
     if mean is None or std is None:
-        return None
-    as_lists = [[float(v) for v in value] if isinstance(value, list) else [float(value)] for value in (mean, std)]
-    mean, std = (value * 3 if len(value) == 1 else value for value in as_lists)
-    return mean, std
+        return {"channels": 3}
+    return {"channels": 3, "mean": np.broadcast_to(mean, 3).tolist(), "std": np.broadcast_to(std, 3).tolist()}

@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 
 def unet(cfg: Config, info: Mapping[str, Any]) -> UNet:
-    """U-Net of `model.num_layers` resolutions; `model.channels` in the first, doubling up to eight times that."""
+    """U-Net of `model.num_layers` resolutions: `model.channels` in the first, over patches of `model.patch_size` pixels,
+    doubling up to eight times that."""
     m = cfg.model
-    return UNet(info["channels"], info["num_classes"], _widths(m.channels, m.num_layers), m.dropout, m.norm_eps)
+    widths = _widths(m.channels, m.num_layers)
+    return UNet(info["channels"], info["num_classes"], widths, m.patch_size, m.dropout, m.norm_eps)
 
 
 def convnet(cfg: Config, info: Mapping[str, Any]) -> ConvNet:
@@ -90,21 +92,28 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 class UNet(nn.Module):
-    """Down through `widths`, back up with skips. Any height and width: odd ones are rounded up on the way down."""
+    """Down through `widths`, back up with skips; a patch's features say the class of each of its pixels. Takes any
+    height and width: odd ones are rounded up on the way down."""
 
-    def __init__(self, channels: int, num_classes: int, widths: list[int], dropout: float, eps: float) -> None:
+    def __init__(
+        self, channels: int, num_classes: int, widths: list[int], patch: int, dropout: float, eps: float
+    ) -> None:
         super().__init__()
         pairs = list(pairwise(widths))
-        self.stem = nn.Conv2d(channels, widths[0], 3, padding=1)
+        self.patch = patch
+        self.stem = nn.Conv2d(channels, widths[0], patch + 2, stride=patch, padding=1)
         self.down = nn.ModuleList(Residual(a, a, eps=eps) for a in widths[:-1])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.middle = nn.ModuleList([Residual(widths[-1], widths[-1], dropout, eps)])
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.up = nn.ModuleList(Residual(2 * a, a, eps=eps) for a, _ in reversed(pairs))
-        self.head = nn.Sequential(_group_norm(widths[0], eps), nn.SiLU(), nn.Conv2d(widths[0], num_classes, 1))
+        self.norm = _group_norm(widths[0], eps)
+        self.head = nn.Conv2d(widths[0], num_classes * patch**2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x, skips = self.stem(image), []
+        height, width = image.shape[-2:]
+        x = self.stem(F.pad(image, (0, -width % self.patch, 0, -height % self.patch)))
+        skips = []
         for block, shrink in zip(self.down, self.shrink, strict=True):
             x = block(x)
             skips.append(x)
@@ -114,7 +123,8 @@ class UNet(nn.Module):
         for grow, block in zip(self.grow, self.up, strict=True):
             skip = skips.pop()
             x = block(torch.cat([skip, F.interpolate(grow(x), size=skip.shape[-2:], mode="nearest")], dim=1))
-        return self.head(x)
+        logits = F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch)
+        return logits[..., :height, :width]
 
 
 class Residual(nn.Module):
