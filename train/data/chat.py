@@ -330,7 +330,7 @@ class Template:
         if not isinstance(source, str):
             raise DataError("This tokenizer has no chat template. Give one: data.chat_template=FILE.")
         self.source = source
-        self.words = tokenizer._special_tokens(directory)
+        self.words = tokenizer.special_tokens(directory)
         self.marked = "generation" in source and "endgeneration" in source
         self.how = "by the template's generation marks" if self.marked else "by the difference that each answer makes"
 

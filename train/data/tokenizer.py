@@ -136,7 +136,7 @@ class Tokenizer:
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         """One more than the largest id."""
-        named = _special_tokens(directory)
+        named = special_tokens(directory)
         self.eos = vocabulary.get(named.get("eos_token", ""))
         """Id that ends a text, if there is one."""
         separator = vocabulary.get(named.get("bos_token", ""), self.eos)
@@ -267,7 +267,7 @@ def _template(cfg: Config) -> str | None:
         raise DataError(f"data.chat_template={cfg.data.chat_template} cannot be read: {error}.") from None
 
 
-def _special_tokens(directory: Path) -> dict[str, str]:
+def special_tokens(directory: Path) -> dict[str, str]:
     """Name of each special token (`bos_token`, ...) -> its spelling."""
     found: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
