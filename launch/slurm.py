@@ -1,19 +1,18 @@
-"""A run as one Slurm job: the script it is submitted as, what a job does at its beginning and end, what Slurm says of it.
+"""A run as one Slurm job: the script that is submitted, a job's beginning and end, and what Slurm says of it.
 
-Owns: the text of the batch script, the freezing of config and code at submission, the decision after every launch of the
-ranks (again, requeue, or end), and every call of a Slurm program outside of the script itself (`slurm/train.sbatch`).
+Owns: the text of the batch script, the freezing of config and code at submission, the decision after every launch of
+the ranks (again, requeue, or end), every call of a Slurm program outside of the script itself (`slurm/train.sbatch`).
 
 Does not own: how ranks train and save (`train`), the lock (`train/rundir.py`), sweeps (`launch/sweep.py`).
 
-A person's values reach the script as words quoted by `shlex` and Slurm as escaped directives; only `slurm.setup`, which is
-shell by its nature, is pasted. Inside a job the script calls `begin`, `stop` and `settle` below, which need no torch and
-call no Slurm program that might be missing in a container.
+A person's values reach the script as words quoted by `shlex`, and Slurm as quoted directives; only `slurm.setup`, which
+is shell by its nature, is pasted. Inside a job the script calls `begin`, `stop` and `settle` below, which need no torch
+and do without Slurm's programs, which a container may not have.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -36,17 +35,8 @@ SCRIPT = CHECKOUT / "slurm" / "train.sbatch"
 BODY = "# ----"
 """The first line of the script that begins so is where what is the same for every run starts."""
 FROZEN = ("train", "launch", "conf", "slurm")
-OVER = (
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-)
+ALIVE = "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED RESIZING STAGE_OUT STOPPED".split()
+"""States of a job that is not over."""
 NOTICE = "notice from Slurm"
 """How the text of a STOP begins that the batch script wrote; any other is a person's."""
 FINAL = (*rundir.CLASSIFIED, "non-finite", "asked and got differ")
@@ -109,13 +99,15 @@ def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = 
 
 
 def _directive(name: str, value: object) -> str:
-    """`#SBATCH --name=value`, with every character escaped that means something to sbatch."""
+    """`#SBATCH --name=value`, quoted as sbatch reads it, which is not quite as a shell does."""
     if value is None:
         return f"#SBATCH --{name}"
     text = str(value)
-    if not text.isprintable():
-        raise SlurmError(f"--{name}={text!r}: Slurm's directives hold no line breaks or control characters.")
-    return f"#SBATCH --{name}=" + re.sub(r"[^A-Za-z0-9._/:=,@%+\[\]&|*-]", lambda found: "\\" + found[0], text)
+    if not text.isprintable() or "\\" in text:
+        raise SlurmError(f"--{name}={text!r}: Slurm's directives hold neither line breaks nor backslashes.")
+    if not re.fullmatch(r"[A-Za-z0-9._/:=,@%+-]+", text):
+        text = '"' + text.replace('"', '\\"') + '"'
+    return f"#SBATCH --{name}={text}"
 
 
 def freeze(cfg: Config, run: RunDir) -> list[str]:
@@ -183,9 +175,7 @@ def wait_for(run: RunDir, say: Callable[[str], None] = print) -> int:
         time.sleep(1.0)
     result = run.result()
     if result is None or result["status"] == "running":
-        say(
-            f"Slurm ended job {now and now['job']} ({now and now['state']}) before the run wrote a result: see {run.logs}"
-        )
+        say(f"Slurm ended the job ({now and now['state']}) before the run wrote a result: see {run.logs}")
     return rundir.exit_code(result)
 
 
@@ -203,7 +193,7 @@ def state(run: RunDir) -> dict[str, Any] | None:
     except SlurmError:
         facts = {}
     word = facts.get("JobState", "unknown")
-    over = not facts or word in OVER
+    over = word not in ALIVE
     return {"job": job, "state": word, "over": over, "reason": facts.get("Reason"), "nodes": facts.get("NumNodes")}
 
 
@@ -225,8 +215,8 @@ def call(name: str, *command: str) -> str:
     program = shutil.which(command[0], path=environment["PATH"])
     if program is None:
         raise SlurmError(
-            f"{command[0]} is not on the PATH, so there is no Slurm here. Without one: slurm=none runs on this machine, "
-            "slurm=devcluster on a throwaway cluster (slurm/devcluster start)."
+            f"{command[0]} is not on the PATH, so there is no Slurm here. Without one, slurm=none runs on this "
+            "machine, and slurm=devcluster on a throwaway cluster (slurm/devcluster start)."
         )
     try:
         done = subprocess.run([program, *command[1:]], env=environment, capture_output=True, text=True, timeout=60)
@@ -237,7 +227,7 @@ def call(name: str, *command: str) -> str:
     return done.stdout
 
 
-# --------------------------------------------------------------------------------------- inside a job: begin, stop, settle
+# -------------------------------------------------------------------------------- inside a job: begin, stop, settle
 
 
 @dataclass
@@ -253,7 +243,7 @@ class Launch:
 
     @property
     def fruitless(self) -> bool:
-        return self.end_step <= self.step and self.cause not in ("preempted", "ended by Slurm")
+        return self.end_step <= self.step and self.cause not in ("preempted", "lost node", "ended by Slurm")
 
 
 @dataclass(frozen=True)
@@ -314,7 +304,7 @@ def _open(arguments: Sequence[str]) -> tuple[Config, RunDir]:
     given, overrides = options.parse_known_args(arguments)
     plugin = given.plugin or os.environ.get("GEARSHIFT_PLUGIN")
     if given.config:
-        cfg = config.load(Path(given.config).parent, overrides)
+        cfg = config.load(given.config, overrides)
         if cfg.run.name:
             return cfg, RunDir(Path(cfg.run.root) / cfg.run.name)
     else:
@@ -349,7 +339,7 @@ def stop(run: RunDir, signal_name: str) -> None:
     run.ask_to_stop(f"{NOTICE} ({signal_name})")
 
 
-def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str]) -> Verdict:
+def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str], lost: bool = False) -> Verdict:
     """After the ranks have left: write down why, and decide. See `judge`."""
     job, restart = _job()
     events = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "launch"]
@@ -359,7 +349,7 @@ def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str]) ->
     result = run.result() or {}
     if (result.get("attempt") or 0) <= ours["after"]:
         result = {}  # an earlier attempt's
-    verdict = judge(result, run.stop_reason(), code, heard, facts)
+    verdict = judge(result, run.stop_reason(), code, heard, facts, restart, lost)
     launches, now = _history(run, job), newest(run)
     launches[-1].cause = verdict.cause
     if verdict.action != "end":
@@ -373,22 +363,30 @@ def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str]) ->
     run.event(
         "settle", job=job, restart=restart, cause=verdict.cause, action=verdict.action, reason=verdict.reason, step=now
     )
-    if verdict.action == "end" and verdict.code == 1:
+    if verdict.action == "end" and verdict.cause in ("died", "time limit", "failed"):
         _give_up(run, verdict.reason)
     return verdict
 
 
-def judge(result: dict[str, Any], asked: str | None, code: int, heard: set[str], facts: dict[str, str]) -> Verdict:
+def judge(
+    result: dict[str, Any],
+    asked: str | None,
+    code: int,
+    heard: set[str],
+    facts: dict[str, str],
+    restart: int = 0,
+    lost: bool = False,
+) -> Verdict:
     """What to do after a launch, from what is known when its ranks have left.
 
     result: `result.json` if this launch wrote it, else empty. asked: the text of STOP. code: srun's exit code. heard:
-    signals that the batch script got. facts: `scontrol show job`.
+    signals that the batch script got. facts: `scontrol show job`, empty if it did not answer. restart: how often Slurm
+    had started this job again when the launch began. lost: a node of the allocation does not answer.
     """
     status, why = result.get("status"), result.get("reason") or ""
     left = rundir.exit_code(result) if result else code
-    state_now = facts.get("JobState", "")
-    by_slurm = why.startswith(NOTICE) or why.startswith("signal ") or (status != "stopped" and bool(heard))
-    step = f" at step {result['steps']}" if "steps" in result else ""
+    at = f" at step {result['steps']}" if "steps" in result else ""
+    told = why if status == "stopped" else asked or ""
 
     if status == "finished":
         return Verdict("end", "finished", "finished", 0)
@@ -396,21 +394,35 @@ def judge(result: dict[str, Any], asked: str | None, code: int, heard: set[str],
         return Verdict("end", "failed", why, left)
     if not result and code in rundir.CLASSIFIED.values():
         return Verdict("end", "failed", f"the ranks left with code {code} before the run began", code)
-    if state_now == "CANCELLED":
-        return Verdict("end", "cancelled", f"cancelled{step}", rundir.EXIT_STOPPED if status == "stopped" else 1)
-    if status == "stopped" and not by_slurm:
-        return Verdict("end", "asked", f"stopped by {why}{step}", left)
-    if asked and not asked.startswith(NOTICE):
-        return Verdict("end", "asked", f"stopped by {asked}{step}", left)
-    if facts.get("PreemptTime", "None") not in ("None", "Unknown", ""):
-        return Verdict("requeue", "preempted", f"preempted{step}", left)
-    if state_now and state_now not in ("RUNNING", "COMPLETING", "TIMEOUT"):
-        return Verdict("end", "ended by Slurm", f"Slurm starts it again by itself ({state_now}){step}", left)
-    if heard & {"USR1", "ALRM"} or state_now == "TIMEOUT":
-        return Verdict("requeue", "time limit", f"the time limit was near{step}", left)
-    if status == "stopped":
-        return Verdict("end", "asked", f"stopped by {why}{step}", left)
+    if not facts:
+        return Verdict("end", "unreachable", f"Slurm does not answer on {socket.gethostname()}", 1)
+    if told and not told.startswith((NOTICE, "signal ")):
+        return Verdict("end", "asked", f"stopped by {told}{at}", left)
+    if int(facts.get("Restarts", "0")) > restart:
+        return Verdict("end", "ended by Slurm", f"ended by Slurm{at}, which starts it again by itself", left)
+    if facts["JobState"] != "RUNNING":  # COMPLETING for a cancelled job and for one at its limit alike
+        if not _limit_reached(facts):
+            return Verdict("end", "cancelled", f"cancelled{at}", left)
+        return Verdict("requeue", "time limit", f"the time limit was reached{at}", left)
+    if facts.get("PreemptTime", "None") not in ("None", "Unknown"):
+        return Verdict("requeue", "preempted", f"preempted{at}", left)
+    if heard & {"USR1", "ALRM"}:
+        return Verdict("requeue", "time limit", f"the time limit was near{at}", left)
+    if lost:
+        return Verdict("requeue", "lost node", f"a node does not answer{at}", left)
+    if status == "stopped" and restart and not heard:
+        # An srun that was cut off with its node and is back ends the step of its number, which now is this one.
+        return Verdict("again", "died", f"the step, but not the job, was told to end{at}", left)
+    if status == "stopped" or heard:
+        return Verdict("end", "asked", f"stopped by {told or 'a signal'}{at}", left)
     return Verdict("again", "died", why or f"the ranks died without a word (srun's exit code is {code})", 1)
+
+
+def _limit_reached(facts: dict[str, str]) -> bool:
+    try:
+        return config.seconds(facts["RunTime"]) >= config.seconds(facts["TimeLimit"])
+    except (KeyError, ValueError):  # such as UNLIMITED
+        return False
 
 
 def _history(run: RunDir, job: str) -> list[Launch]:
@@ -467,7 +479,7 @@ def _is_over(job: str) -> bool:
         word = parse(call("cluster", "scontrol", "show", "job", "-o", job)).get("JobState", "")
     except SlurmError as error:
         return "Invalid job id" in str(error)
-    return word in OVER
+    return word not in ALIVE
 
 
 def _free_port(seed: int) -> int:
@@ -494,7 +506,7 @@ def main(argv: Sequence[str]) -> int:
         from train.data import DataError
 
         try:
-            print(*begin(words), sep="\0", end="\0")
+            print(*begin(words), sep="\0", end="\0")  # a lone end: nothing to do
         except (config.ConfigError, DataError, rundir.RunError) as error:
             _say(str(error))
             return getattr(error, "code", rundir.EXIT_CONFIG)
@@ -507,11 +519,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--code", type=int, required=True)
     parser.add_argument("--heard", required=True)
     parser.add_argument("--job", required=True)
+    parser.add_argument("--lost", action="store_true")
     given = parser.parse_args(words)
     run = RunDir(given.run)
-    verdict = settle(run, code=given.code, heard=set(given.heard.split()), facts=parse(given.job))
+    verdict = settle(run, code=given.code, heard=set(given.heard.split()), facts=parse(given.job), lost=given.lost)
     _say(f"gearshift: {verdict.reason}; {'this run ends' if verdict.action == 'end' else verdict.action}")
-    if verdict.action == "end" and verdict.cause not in ("finished", "superseded", "ended by Slurm"):
+    if verdict.action == "end" and verdict.cause not in ("finished", "superseded", "ended by Slurm", "unreachable"):
         _say(f"To go on: gearshift resume {shlex.quote(str(run.path))}")
     print(verdict.action)
     return verdict.code

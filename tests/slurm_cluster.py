@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +41,9 @@ class Cluster:
         self.env["GEARSHIFT_DEVCLUSTER"] = base
 
     def tool(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([TOOL, "--dir", self.base, *words], capture_output=True, text=True, check=check, timeout=60)
+        return subprocess.run(
+            [TOOL, "--dir", self.base, *words], capture_output=True, text=True, check=check, timeout=60
+        )
 
     def run(self, *command: object, check: bool = True, **more: object) -> str:
         words = [str(word) for word in command]
@@ -54,12 +58,17 @@ class Cluster:
     def wait(self, job: str, *states: str, timeout: float = 60) -> dict[str, str]:
         """Wait until the job is in one of `states`, by default an end."""
         wanted = states or ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
-        return wait_for(lambda: (facts := self.job(job)).get("JobState") in wanted and facts, timeout, lambda: self.job(job))
+        return wait_for(
+            lambda: (facts := self.job(job)).get("JobState") in wanted and facts, timeout, lambda: self.job(job)
+        )
 
     def idle(self) -> None:
         """Cancel all jobs and wait until every node is free and up."""
         self.run("scancel", "--user=" + self.run("id", "-un").strip())
-        for node in re.findall(r"node\d+", self.tool("status").stdout):
+        for line in set(self.run("sinfo", "-h", "-N", "-o", "%N %t").splitlines()):
+            node, word = line.split()
+            if word == "idle":
+                continue
             self.tool("node", "heal", node, check=False)
             self.tool("node", "start", node, check=False)
         wait_for(lambda: set(self.run("sinfo", "-h", "-N", "-o", "%t").split()) == {"idle"}, 60)
@@ -88,15 +97,13 @@ def start(*options: str) -> Iterator[Cluster]:
 
 def standin(directory: Path, **plan: object) -> Path:
     """A `python` for a batch script: the training it starts is `standin_train.py` with this plan, all else is real."""
-    import sys
-
     path = directory / "python"
     (directory / "standin.json").write_text(json.dumps(plan))
     path.write_text(
         "#!/bin/sh\n"
         f'case "$1 $2" in "-m train" | "-m accelerate.commands.launch")\n'
         f'    while [ "$1" != train ]; do shift; done; shift\n'
-        f'    exec {sys.executable} {CHECKOUT}/tests/standin_train.py {directory}/standin.json "$@" ;;\n'
+        f'    exec {sys.executable} {CHECKOUT}/tests/standin_train.py {shlex.quote(str(directory))}/standin.json "$@" ;;\n'
         f'esac\nexec {sys.executable} "$@"\n'
     )
     path.chmod(0o755)

@@ -1,7 +1,7 @@
 """Stands in for training where only a run's life is tested: the protocol of the run directory, without torch.
 
-Its state is a number that every step changes, so a lost or repeated step shows in the end. The plan (a JSON file) says how
-many steps there are, how long one takes, when it saves, and what goes wrong.
+Its state is a hash that every step changes, so a lost or repeated step shows in the end. The plan (a JSON file) says
+how many steps there are, how long one takes, when it saves, and what goes wrong.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ def main() -> int:
     plan = {"steps": 60, "step_s": 0.1, "every": 10, **json.loads(Path(sys.argv[1]).read_text())}
     words = sys.argv[2:]
     frozen = words[words.index("--config") + 1]
-    cfg = config.load(Path(frozen).parent, [w for w in words if "=" in w and not w.startswith("-")])
+    cfg = config.load(frozen, [w for w in words if "=" in w and not w.startswith("-")])
     run = RunDir(Path(cfg.run.root) / cfg.run.name)
-    before, signalled = run.last_attempt(), []
+    before = [event["after"] for event in rundir.read_jsonl(run.events) if event["kind"] == "launch"][-1]
+    signalled: list[str] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, _: signalled.append(signal.Signals(n).name))
     if os.environ.get("SLURM_NODEID", "0") != "0":  # the other nodes leave when the first has

@@ -46,7 +46,9 @@ def test_the_script_is_clean():
 
 
 def test_nodes_are_apart_and_know_each_other(cluster):
-    lines = cluster.run("srun", "-N3", "bash", "-c", "echo $(hostname) $(hostname -I) $(getent hosts node2)").splitlines()
+    lines = cluster.run(
+        "srun", "-N3", "bash", "-c", "echo $(hostname) $(hostname -I) $(getent hosts node2)"
+    ).splitlines()
     assert sorted(lines) == [f"node{i} 10.77.0.{i} 10.77.0.2 node2" for i in (1, 2, 3)]
 
 
@@ -81,11 +83,12 @@ def test_a_cut_node_lives_on_alone(cluster, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, text", [(("kill", "node9"), "there is no node9"), (("start", "node1"), "node1 is running"), (("melt", "node1"), "unknown verb")]
+    ("words", "text"),
+    [("kill node9", "there is no node9"), ("start node1", "node1 is running"), ("melt node1", "unknown verb")],
 )
 def test_orders_that_make_no_sense(cluster, words, text):
-    done = cluster.tool("node", *words, check=False)
-    assert done.returncode == 1 and text in done.stderr
+    done = cluster.tool("node", *words.split(), check=False)
+    assert (done.returncode, text in done.stderr) == (1, True)
 
 
 def test_higher_partitions_preempt(cluster):
@@ -110,7 +113,9 @@ def test_nothing_is_left_behind(mode, user, tmp_path):
         prefix = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
 
     def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*prefix, tool, "--dir", base, *words], capture_output=True, text=True, timeout=60, cwd="/tmp")
+        return subprocess.run(
+            [*prefix, tool, "--dir", base, *words], capture_output=True, text=True, timeout=60, cwd="/tmp"
+        )
 
     try:
         assert call("start", *mode).returncode == 0
@@ -125,7 +130,7 @@ def test_nothing_is_left_behind(mode, user, tmp_path):
         wait_for(lambda: not processes_of(base), 10, lambda: processes_of(base))
         assert not Path(base).exists()
         assert not list(Path("/sys/fs/cgroup/freezer").glob("devcluster-*/*")) or cluster_elsewhere()
-        assert call("status").returncode == 3 and call("stop").returncode == 0
+        assert [call("status").returncode, call("stop").returncode] == [3, 0]
         assert "no cluster" in call("node", "kill", "node1").stderr
     finally:
         call("stop")
@@ -167,4 +172,5 @@ def test_files_of_others_survive_stop():
 @pytest.mark.parametrize("directory", ["/tmp/" + "x" * 60, "/tmp/a b", "/tmp/$(id)"])
 def test_directories_that_slurm_cannot_hold(directory):
     done = subprocess.run([TOOL, "--dir", directory, "start"], capture_output=True, text=True)
-    assert done.returncode == 1 and "directory's name" in done.stderr and not Path(directory).exists()
+    assert (done.returncode, "directory's name" in done.stderr) == (1, True)
+    assert not Path(directory).exists()
