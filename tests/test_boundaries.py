@@ -43,7 +43,7 @@ ARROWS = {
     "data": {"config", "rundir", "order"},
     "models": {"config", "rundir", "data", "checkpoint"},
     "tasks": {"config", "rundir", "data", "models"},
-    "export": {"config", "rundir", "describe", "checkpoint", "data", "models", "tasks"},
+    "export": {"config", "rundir", "describe", "checkpoint", "data", "models", "tasks", "predict"},
     "predict": {"config", "rundir", "describe", "checkpoint", "data", "models", "tasks"},
     "plan": {"config", "compose", "rundir", "data", "models", "tasks", "strategy", "optim"},
     "launch": {"config", "compose", "rundir", "describe", "order", "ledger", "data", "plan", "checkpoint", "export",

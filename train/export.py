@@ -2,202 +2,335 @@
 
 Owns: the exported directory (weights as sharded safetensors, config, tokenizer, chat template, generation config, model
 card with the run's own numbers) and its receipt, `export.json`: the directory is loaded back by the library that its
-users would use, and its logits are compared with the run's.
+users would use, and what it computes is compared with the run. A directory that does not pass is not left behind.
 
-Does not own: putting the run's model together (`predict.py`), merging adapters into their base (`models/pretrained.py`,
-which does it whenever a run is where weights come from).
+Does not own: putting the run's model together (`predict.py`), networks (`train/models`).
+
+Three forms: `transformers` (language models, and networks that came from transformers), `peft` (adapters alone), and
+`gearshift` (networks of ours or of a plug-in, which `load` opens).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from train import config, models
+import torch
+from torch import Tensor, nn
+
+from train import checkpoint, config, models, rundir
 from train.predict import Trained, open_trained
 
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = 1e-4
+"""Largest difference of logits, for logits up to 10; of larger ones in proportion, as fp32 has no more digits."""
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-TOLERANCE = {"fp32": 1e-4, "bf16": 0.25, "fp16": 0.05}
-"""Largest difference of logits between the run (fp32) and what is loaded back; rounding of the stored weights included."""
+_PROBE_TOKENS = 64
+_ANSWER_TOKENS = 32
 
 
 class ExportError(Exception):
-    """The export was not made, or is not the model that the run trained."""
+    """The export was not made; the message says why, and what to type instead."""
 
 
-def export(run_dir: str | Path, to: str | Path, *, step: str | int = "best", merge: bool = False, dtype: str = "fp32",
-           shard_size: str = "5GB", say: Callable[[str], None] = print) -> dict[str, Any]:  # fmt: skip
-    """Write the model of a run into the directory `to`, load it back, compare, and return the receipt.
+def export(
+    run_dir: str | Path,
+    to: str | Path,
+    *,
+    step: str | int = "best",
+    merge: bool = False,
+    dtype: str = "fp32",
+    shard_size: str = "5GB",
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Write the model of a run into the new directory `to`, load it back, compare, and return the receipt.
 
-    merge: LoRA adapters are added to their base (QLoRA's to the full-precision base); without it they are exported alone,
-    as peft loads them. dtype: of the stored weights. Raises ExportError, and what `open_trained` raises.
+    merge: add adapters to their base, QLoRA's to the base in full precision; without it they are exported alone. dtype:
+    of the stored weights. shard_size: of the largest file. Raises ExportError, and what `open_trained` raises.
     """
-    target = Path(to)
-    if target.exists() and any(target.iterdir()):
-        raise ExportError(f"{target} is not empty. Give a new directory: --to DIR")
+    target = Path(to).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExportError(f"{target} exists and is not empty. Give a new directory: --to DIR")
     if dtype not in DTYPES:
-        raise ExportError(f"--dtype {dtype}: one of {', '.join(DTYPES)}")
-    trained = open_trained(run_dir, step)
-    adapters = trained.cfg.peft.name != "none"
-    if merge and not adapters:
-        say("nothing to merge: this run trained the weights themselves")
-    target.mkdir(parents=True, exist_ok=True)
-    if adapters and not merge:
-        trained.model.save_pretrained(target, safe_serialization=True)
-        form = "peft adapters"
-    elif hasattr(trained.model, "save_pretrained") or adapters:
-        whole = _whole(trained) if adapters else trained.model
-        _save_transformers(whole, target, dtype, shard_size, trained)
-        form = "transformers"
+        raise ExportError(f"--dtype {dtype}: must be one of {', '.join(DTYPES)}.")
+    if not re.fullmatch(r"[1-9]\d*[KMGT]B", shard_size):
+        raise ExportError(f"--shard-size {shard_size}: must be a size such as 500MB or 5GB.")
+    trained = open_trained(run_dir, step, overrides=overrides, full_precision=True, say=say)
+    form, probe = _form(trained, merge), _probe(trained)
+    as_run = _computed(trained.model, probe)
+    receipt: dict[str, Any] = {
+        "run": trained.run.path.name,
+        "step": trained.step,
+        **{key: (trained.run.result() or {}).get(key) for key in ("math_hash", "state_hash")},
+        "form": form,
+        "merged": merge,
+        "dtype": dtype,
+        "compared": "logits" if probe else "sums of tensors",
+    }
+    if config.load(trained.run.path).peft.name == "qlora":
+        quantised = open_trained(run_dir, step, overrides=overrides, say=say)
+        with quantised.autocast():
+            receipt["max_difference_to_4_bits"] = _difference(_computed(quantised.model, probe), as_run)
+        del quantised
+    if merge:
+        trained.model = trained.model.merge_and_unload()  # type: ignore[operator]  # a peft model
+        _same(_computed(trained.model.eval(), probe), as_run, "The merged weights compute something else than the run")
+    making = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+    making.mkdir(parents=True)
+    try:
+        written = _write(trained, making, form, DTYPES[dtype], shard_size, probe)
+        receipt["max_difference"] = _difference(written, as_run)
+        receipt |= _load_back(trained, making, form, probe, written)
+        receipt["files"] = {file.name: _sha256(file) for file in sorted(making.glob("*.safetensors"))}
+        (making / "README.md").write_text(_card(trained, receipt), encoding="utf-8")
+        (making / "export.json").write_text(rundir.to_json(receipt, indent=2) + "\n")
+        if target.exists():
+            target.rmdir()
+        making.rename(target)
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    say(
+        f"{target}: step {trained.step} in {dtype}, loaded back with {form}; largest difference of "
+        f"{receipt['compared']} to the run {receipt['max_difference']:.1e}"
+    )
+    if "answer" in receipt:
+        adapters = f"{trained.cfg.model.path} --enable-lora --lora-modules {trained.run.path.name}={target}"
+        say(f"serve it:  vllm serve {adapters if form == 'peft' else target}")
+    return receipt
+
+
+def load(directory: str | Path) -> nn.Module:
+    """A network in the form `gearshift`, in evaluation mode, fp32, on the CPU.
+
+    It takes normalised images, float32 [B, C, H, W]; `config.json` holds mean and std, and `classes`. A plug-in's network
+    needs the plug-in imported first. Raises ExportError, ModelError.
+    """
+    from huggingface_hub import load_torch_model
+
+    source = Path(directory)
+    try:
+        content = json.loads((source / "config.json").read_text())
+        shape, info, size = content["model"], content["info"], content["image_size"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{source}/config.json is not that of an export: {type(error).__name__}: {error}") from None
+    cfg = config.Config()
+    known = vars(cfg.model).keys() - {"path"}
+    cfg.model = replace(cfg.model, **{key: value for key, value in shape.items() if key in known})
+    cfg.data.image_size = size
+    model = models.initialise(models.build(cfg, info), 0)
+    load_torch_model(model, source, strict=True, safe=True)
+    return model.float().eval()
+
+
+# ---- Writing ---------------------------------------------------------------------------------------------------------
+
+
+def _form(trained: Trained, merge: bool) -> str:
+    """The form in which a run is exported. Raises ExportError where adapters cannot stand alone."""
+    model: Any = trained.model
+    if trained.cfg.peft.name == "none":
+        if merge:
+            raise ExportError("--merge: this run has no adapters, it trained the weights themselves. Leave it out.")
+        return "transformers" if hasattr(model, "save_pretrained") else "gearshift"
+    if merge:
+        return "transformers"
+    path = Path(str(trained.cfg.model.path)).expanduser()
+    if fresh := sorted({name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}):
+        raise ExportError(f"Adapters alone would lack what this run trained beside them: {fresh[:3]}. Add --merge.")
+    if (path / "checkpoints").is_dir():
+        raise ExportError(
+            f"Adapters alone are of use over a model that others can load, and {path} is a run directory. Add --merge."
+        )
+    return "peft"
+
+
+def _write(
+    trained: Trained, target: Path, form: str, dtype: torch.dtype, shard_size: str, probe: dict[str, Tensor]
+) -> Tensor:
+    """Write weights and all that goes with them; what exactly the weights that were written compute."""
+    model: Any = trained.model
+    stored = [p for p in model.parameters() if form != "peft" or p.requires_grad]
+    for parameter in stored:
+        parameter.data = parameter.data.to(dtype)
+    if form == "transformers":
+        _write_transformers(model, trained, target, shard_size)
+    elif form == "peft":
+        adapters = model.peft_config["default"]
+        adapters.base_model_name_or_path, adapters.revision = str(trained.cfg.model.path), trained.cfg.model.revision
+        model.save_pretrained(target, save_embedding_layers=False)
     else:
-        _save_own(trained, target, dtype)
-        form = "safetensors"
+        _write_own(model, trained, target, shard_size)
     if trained.run.tokenizer.is_dir():
         from train.data import tokenizer
 
         tokenizer.save(trained.run.tokenizer, target)
-    receipt = {
-        "run": trained.run.path.name,
-        "step": trained.step,
-        "form": form,
-        "dtype": dtype,
-        **{k: (trained.run.result() or {}).get(k) for k in ("math_hash", "state_hash")},
-        **_compare(trained, target, form, dtype),
-        "files": {f.name: _sha256(f) for f in sorted(target.glob("*.safetensors"))},
-    }
-    (target / "README.md").write_text(_card(trained, receipt), encoding="utf-8")
-    (target / "export.json").write_text(json.dumps(receipt, indent=2) + "\n")
-    say(f"{form} in {target}: loaded back, largest difference of logits {receipt['max_logits_difference']:.2e}")
-    if trained.cfg.task.name == "causal_lm" and form == "transformers":
-        say(f"serve it:  vllm serve {target}")
-    return receipt
+    for parameter in stored:
+        parameter.data = parameter.data.float()
+    return _computed(model, probe)
 
 
-def _whole(trained: Trained) -> nn.Module:
-    """The base in full precision with the adapters added, as a run is read that another starts from."""
-    cfg = config.load(trained.run.path)
-    cfg.model.path, cfg.model.gguf_file, cfg.model.revision = str(trained.run.path), None, None
-    cfg.peft.name = "none"
-    with models.parameters_on_meta():
-        model = models.build(cfg, trained.prepared.info)
-    return models.initialise(model, cfg.seed).eval()
+def _write_transformers(model: Any, trained: Trained, target: Path, shard_size: str) -> None:
+    base = _base_directory(trained)
+    if trained.cfg.task.name == "causal_lm":
+        _say_where_texts_end(model, trained, base)
+    elif classes := trained.prepared.info.get("classes"):
+        model.config.id2label = dict(enumerate(classes))
+        model.config.label2id = {name: index for index, name in enumerate(classes)}
+        if base is not None and (base / "preprocessor_config.json").is_file():
+            shutil.copyfile(base / "preprocessor_config.json", target / "preprocessor_config.json")
+    model.save_pretrained(target, max_shard_size=shard_size)
 
 
-def _save_transformers(model: Any, target: Path, dtype: str, shard_size: str, trained: Trained) -> None:
-    import torch
+def _say_where_texts_end(model: Any, trained: Trained, base: Path | None) -> None:
+    """Generation as the base model has it, or else by the words of the tokenizer."""
     from transformers import GenerationConfig
 
-    model = model.cpu().to(getattr(torch, DTYPES[dtype]))
-    model.config.dtype = DTYPES[dtype]
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    model.save_pretrained(target, safe_serialization=True, max_shard_size=shard_size)
-    if trained.cfg.task.name == "causal_lm":
-        from train.data.tokenizer import END_OF_TURN, Tokenizer
+    from train.data.tokenizer import END_OF_TURN, Tokenizer
 
-        speller = Tokenizer(trained.run.tokenizer)
-        ends = {speller.eos, speller.backend.token_to_id(END_OF_TURN)} - {None}
-        GenerationConfig(bos_token_id=speller.separator, eos_token_id=sorted(ends), max_new_tokens=256).save_pretrained(
-            target
-        )
+    model.config.use_cache = True  # which training has no use for
+    if base is not None and (base / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(base)
+        return
+    speller = Tokenizer(trained.run.tokenizer)
+    ends = sorted({speller.eos, speller.backend.token_to_id(END_OF_TURN)} - {None})  # type: ignore[type-var]
+    words = {"bos_token_id": speller.separator, "eos_token_id": ends, "pad_token_id": speller.eos}
+    model.generation_config = GenerationConfig(**words)
+    for name, value in words.items():
+        if getattr(model.config, name, None) is None:
+            setattr(model.config, name, value)
 
 
-def _save_own(trained: Trained, target: Path, dtype: str) -> None:
-    """A vision model of ours: its tensors, and all that builds it again."""
-    import torch
-    from safetensors.torch import save_file
+def _base_directory(trained: Trained) -> Path | None:
+    """Where the model of others lies that the run began from, itself or through other runs."""
+    from train.models import pretrained
 
-    tensors = {
-        n: t.detach().cpu().to(getattr(torch, DTYPES[dtype])).contiguous()
-        for n, t in trained.model.state_dict().items()
+    cfg = trained.cfg
+    while cfg.model.path is not None:
+        directory = pretrained.locate(cfg)
+        if not (directory / "checkpoints").is_dir():
+            return directory
+        cfg = config.load(directory)
+    return None
+
+
+def _write_own(model: nn.Module, trained: Trained, target: Path, shard_size: str) -> None:
+    from huggingface_hub import save_torch_model
+
+    save_torch_model(model, target, max_shard_size=shard_size, metadata={"format": "pt"})
+    shape = {
+        key: value for key, value in vars(trained.cfg.model).items() if key not in ("path", "revision", "gguf_file")
     }
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    info = {k: trained.prepared.info.get(k) for k in ("num_classes", "classes", "channels", "mean", "std")}
-    content = {"model": config.to_dict(trained.cfg)["model"], "image_size": trained.cfg.data.image_size, "info": info}
-    (target / "config.json").write_text(json.dumps(content, indent=2) + "\n")
+    info = {k: v for k, v in trained.prepared.info.items() if k == "classes" or _is_numeric(v)}  # no paths
+    content = {"model": shape, "image_size": trained.cfg.data.image_size, "info": info}
+    (target / "config.json").write_text(rundir.to_json(content, indent=2) + "\n")
 
 
-def load_own(directory: str | Path) -> nn.Module:
-    """A vision model of ours from an exported directory, in evaluation mode, fp32."""
-    from safetensors.torch import load_file
-
-    source = Path(directory)
-    content = json.loads((source / "config.json").read_text())
-    cfg = config.Config()
-    for key, value in content["model"].items():
-        setattr(cfg.model, key, value)
-    cfg.data.image_size = content["image_size"]
-    model = models.initialise(models.build(cfg, content["info"]), 0)
-    model.load_state_dict({n: t.float() for n, t in load_file(source / "model.safetensors").items()})
-    return model.eval()
+def _is_numeric(value: Any) -> bool:
+    return all(isinstance(v, int | float) for v in (value if isinstance(value, list) else [value]))
 
 
-def _compare(trained: Trained, target: Path, form: str, dtype: str) -> dict[str, Any]:
-    """Load `target` as its users would and compare logits with the run's model. Raises ExportError when they differ."""
-    import torch
+# ---- Comparing -------------------------------------------------------------------------------------------------------
 
-    trained.model.float().cpu()
+
+def _probe(trained: Trained) -> dict[str, Tensor]:
+    """An input that both models are given, by the name of its argument: no data is needed. Empty where none is known."""
+    draw, info = torch.Generator().manual_seed(0), trained.prepared.info
     if trained.cfg.task.name == "causal_lm":
-        prompt = {
-            k: v for k, v in trained.task.encode([trained.cfg.eval.prompt, "import os\n"]).items() if k == "input_ids"
-        }
-        found = _logits(_reload(target, form, trained), **prompt)
-        wanted = _logits(trained.model, **prompt)
-    else:
-        size, channels = trained.cfg.data.image_size, trained.prepared.info["channels"]
-        image = torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
-        found, wanted = _logits(_reload(target, form, trained), image), _logits(trained.model, image)
-    difference = float((found - wanted).abs().max())
-    tied = getattr(getattr(trained.model, "config", None), "tie_word_embeddings", None)
-    if not difference <= TOLERANCE[dtype]:
-        raise ExportError(
-            f"{target}: what is loaded back differs from the run by {difference:.3g} in its logits "
-            f"({TOLERANCE[dtype]:g} at most). Do not use it."
-        )
-    return {"max_logits_difference": difference, "tied_embeddings": tied, "reloaded_with": form}
+        length = min(trained.cfg.data.seq_len, _PROBE_TOKENS)
+        return {"input_ids": torch.randint(int(info["vocab_size"]), (2, length), generator=draw)}
+    if trained.cfg.task.name in ("classify", "segment"):
+        size = trained.cfg.data.image_size
+        return {"image": torch.randn(2, info["channels"], size, size, generator=draw)}
+    return {}
 
 
-def _reload(target: Path, form: str, trained: Trained) -> nn.Module:
-    import torch
+def _computed(model: Any, probe: dict[str, Tensor]) -> Tensor:
+    """Logits, float32 on the CPU; where no probe is known, the sum of each tensor of the model."""
+    with torch.no_grad():
+        if not probe:
+            return torch.stack([tensor.double().sum() for tensor in model.state_dict().values()])
+        device = next(model.parameters()).device
+        inputs = {key: value.to(device) for key, value in probe.items()}
+        out = model(inputs["image"]) if "image" in inputs else model(**inputs, use_cache=False)
+    return (out if isinstance(out, Tensor) else out.logits).float().cpu()
 
-    if form == "safetensors":
-        return load_own(target)
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def _same(found: Tensor, wanted: Tensor, otherwise: str) -> float:
+    """The largest difference. Raises ExportError where rounding does not explain it."""
+    difference, limit = _difference(found, wanted), TOLERANCE * max(1.0, float(wanted.abs().max()) / 10)
+    if not difference <= limit:
+        raise ExportError(f"{otherwise}: {difference:.3g} apart, where {limit:.1g} is rounding. Please report it.")
+    return difference
+
+
+def _load_back(trained: Trained, target: Path, form: str, probe: dict[str, Tensor], written: Tensor) -> dict[str, Any]:
+    """What the library of the model's users makes of the directory. Raises ExportError when that is another model."""
+    model: Any = load(target) if form == "gearshift" else _by_transformers(trained, target, form)
+    found = _same(_computed(model, probe), written, f"{form} makes another model of what was written")
+    said: dict[str, Any] = {"loaded_with": form, "max_difference_loaded": found}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is not None:
+        said["tied_embeddings"] = head.weight is model.get_input_embeddings().weight
+    if trained.cfg.task.name == "causal_lm":
+        said["answer"] = _answer(trained, target, model)
+    return said
+
+
+def _by_transformers(trained: Trained, target: Path, form: str) -> Any:
+    """The model as transformers (and peft) load it. Raises ExportError when tensors are missing or left over."""
     import transformers
 
     from train.models.pretrained import AUTO
 
-    auto = getattr(transformers, AUTO[trained.cfg.task.name])
-    if form == "transformers":
-        return auto.from_pretrained(target, dtype=torch.float32, trust_remote_code=False).eval()
-    import peft
+    transformers.utils.logging.disable_progress_bar()
+    auto = getattr(transformers, AUTO.get(trained.cfg.task.name, "AutoModel"))
+    settings: dict[str, Any] = dict(dtype=torch.float32, trust_remote_code=False, local_files_only=True)
+    if form == "peft":
+        import peft
 
-    base = _base(trained)
-    return peft.PeftModel.from_pretrained(base, str(target)).eval()
-
-
-def _base(trained: Trained) -> nn.Module:
-    """What the adapters were trained over, in full precision."""
-    cfg = config.load(trained.run.path)
-    cfg.peft.name = "none"
-    with models.parameters_on_meta():
-        model = models.build(cfg, trained.prepared.info)
-    return models.initialise(model, cfg.seed).eval()
+        base = auto.from_pretrained(_base_directory(trained), gguf_file=trained.cfg.model.gguf_file, **settings)
+        return peft.PeftModel.from_pretrained(base, str(target)).eval()
+    model, found = auto.from_pretrained(target, output_loading_info=True, **settings)
+    if wrong := {kind: sorted(map(str, keys)) for kind, keys in found.items() if keys}:
+        raise ExportError(f"transformers does not find all it needs in what was written: {wrong}. Please report it.")
+    return model.eval()
 
 
-def _logits(model: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-    import torch
+def _answer(trained: Trained, target: Path, model: Any) -> dict[str, str]:
+    """A prompt and what the loaded model says to it, by the tokenizer that was exported."""
+    from transformers import AutoTokenizer
 
-    with torch.no_grad():
-        out = model(*args, **kwargs)
-    return (out if isinstance(out, torch.Tensor) else out.logits).float()
+    speller = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
+    prompt = trained.cfg.eval.prompt
+    expected = trained.task.encode([prompt])["input_ids"][0].tolist()  # type: ignore[attr-defined]
+    if trained.cfg.data.kind == "chat":
+        ids = speller.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+    else:
+        ids = [expected[0], *speller.encode(prompt, add_special_tokens=False)]
+    if ids != expected:
+        raise ExportError(f"The exported tokenizer reads {prompt!r} as {ids}, the run as {expected}. Please report it.")
+    room = trained.cfg.data.seq_len - len(ids)
+    new = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        max_new_tokens=max(1, min(_ANSWER_TOKENS, room)),
+        do_sample=False,
+    )
+    return {"prompt": prompt, "text": str(speller.decode(new[0, len(ids) :], skip_special_tokens=True))}
 
 
 def _sha256(path: Path) -> str:
@@ -205,36 +338,79 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _card(trained: Trained, receipt: dict[str, Any]) -> str:
-    """The model card, with the run's real numbers and how to load it."""
-    result, cfg = trained.run.result() or {}, trained.cfg
-    numbers = {"steps": trained.step, "samples": result.get("samples"), "tokens": result.get("tokens"), "wall time, s": result.get("wall_s"),
-               **(result.get("eval") or {})}  # fmt: skip
-    rows = "\n".join(f"| {name} | {value} |" for name, value in numbers.items() if value is not None)
+# ---- The model card --------------------------------------------------------------------------------------------------
+
+_USAGE = {
+    "transformers": """from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("DIR")
+tokenizer = AutoTokenizer.from_pretrained("DIR")""",
+    "peft": """from peft import PeftModel
+from transformers import {auto}
+
+model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "DIR")""",
+    "gearshift": """# in a checkout of Gearshift (`pip install -e .`)
+import json, numpy, torch
+from PIL import Image
+from train.export import load
+
+model, info = load("DIR"), json.load(open("DIR/config.json"))["info"]
+image = Image.open("picture.png").convert("{mode}")
+pixels = torch.tensor(numpy.asarray(image) / 255, dtype=torch.float32).view(image.height, image.width, -1)
+image = ((pixels - torch.tensor(info["mean"])) / torch.tensor(info["std"])).permute(2, 0, 1)[None]
+print([info["classes"][i] for i in model(image).argmax(1).unique()])""",
+}
+"""How each form is used."""
+
+
+def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
+    """The model card: the run's real numbers, how it was proved, and how to use it."""
+    from train.models.pretrained import AUTO
+
+    cfg, info, form = trained.cfg, trained.prepared.info, receipt["form"]
+    result = trained.run.result() or {}
     engine = result.get("engine") or {}
-    base = f"base_model: {cfg.model.path}\n" if cfg.model.path and not Path(cfg.model.path).exists() else ""
-    if receipt["form"] == "safetensors":
-        usage = (
-            "from train.export import load_own  # github checkout of Gearshift, `pip install -e .`\n\n"
-            'model = load_own(".")  # torch module: float32 [B, C, H, W], normalised by info.mean and info.std\n'
-            "logits = model(image)"
-        )
-    elif receipt["form"] == "peft adapters":
-        usage = (
-            "from peft import AutoPeftModelForCausalLM\n\n"
-            'model = AutoPeftModelForCausalLM.from_pretrained(".")  # adapters over ' + str(cfg.model.path)
-        )
-    else:
-        usage = (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")'
-        )
-    return (
-        f"---\nlibrary_name: {'peft' if receipt['form'].startswith('peft') else 'transformers'}\n{base}---\n\n"
-        f"# {trained.run.path.name}\n\n"
-        f"Experiment `{cfg.experiment}`, task `{cfg.task.name}`, trained with Gearshift under "
-        f"{engine.get('strategy')} on {engine.get('world_size')} rank(s) in {engine.get('precision')}.\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n"
-        f"Math hash `{receipt.get('math_hash')}`. Loaded back with {receipt['reloaded_with']}: largest difference of logits to the run "
-        f"{receipt['max_logits_difference']:.2e} (`export.json`).\n\n```python\n{usage}\n```\n"
+    newest = {row["step"]: row for row in rundir.read_jsonl(trained.run.metrics)}.get(trained.step, {})
+    samples = checkpoint.Reader(trained.run.checkpoint(trained.step)).manifest["counters"]["samples"]
+    numbers = {
+        "steps": trained.step,
+        "samples": samples,
+        **({"tokens": samples * cfg.data.seq_len} if cfg.task.name == "causal_lm" else {}),
+        **{key: value for key, value in newest.items() if key.startswith("eval_")},
+    }
+    rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
+            for name, value in numbers.items()]  # fmt: skip
+    base = str(cfg.model.path) if cfg.model.path and not Path(cfg.model.path).expanduser().exists() else None
+    usage = _USAGE[form].format(
+        auto=AUTO.get(cfg.task.name, "AutoModel"),
+        base=repr(base or "BASE") + (f", gguf_file={cfg.model.gguf_file!r}" if cfg.model.gguf_file else ""),
+        mode="L" if info.get("channels") == 1 else "RGB",
     )
+    head = {"library_name": form, "base_model": base, "pipeline_tag": _PIPELINES.get(cfg.task.name)}
+    lines = [
+        "---",
+        *(f"{key}: {value}" for key, value in head.items() if value),
+        "---",
+        f"\n# {trained.run.path.name}\n",
+        f"Experiment `{cfg.experiment}`, task `{cfg.task.name}`"
+        + (f", {cfg.peft.name} with r={cfg.peft.r}, alpha={cfg.peft.alpha:g}" if cfg.peft.name != "none" else "")
+        + f". Trained with Gearshift under {engine.get('strategy')} on {engine.get('world_size')} rank(s) in "
+        f"{engine.get('precision')}; math hash `{receipt['math_hash']}`.\n",
+        "| at this step | |",
+        "|---|---|",
+        *rows,
+        f"\nStored in {receipt['dtype']} and loaded back with {form}: {receipt['compared']} differ by at most "
+        f"{receipt['max_difference']:.1e} from the run in fp32, and by {receipt['max_difference_loaded']:.1e} from what "
+        "was written (`export.json`).\n",
+        "## Use\n",
+        f"```python\n{usage}\n```",
+    ]
+    if "answer" in receipt:
+        quoted = "\n".join(
+            f"> {line}" for line in f"{receipt['answer']['prompt']}{receipt['answer']['text']}".splitlines()
+        )
+        lines += [f"\n`{receipt['answer']['prompt']}` is continued, greedily, as\n", quoted]
+    return "\n".join(lines) + "\n"
+
+
+_PIPELINES = {"causal_lm": "text-generation", "classify": "image-classification", "segment": "image-segmentation"}
