@@ -163,10 +163,12 @@ def spec(row: Row) -> tuple[Spec, int]:
     chunks: dict[str, int] = {}
     if kind == "litgpt" and method != "full":
         chunks["head_chunk"] = 128
-    if kind == "torchtune" and (re.search("chunked", notes) or row.get("compile") == "yes" and not row["subset"].endswith("ablation")):
+    if kind == "torchtune" and (re.search("chunked", notes) or (row.get("compile") == "yes" and not row["subset"].endswith("ablation"))):
         chunks["chunks"] = 8
     if method == "qlora" and kind == "litgpt" and row.get("source_date", "9999") < "2024":
         adapters["quantised"] = True
+    if "foundry" in row.get("framework", "").lower():  # its kernels of then did not skip the masked half, which its own FLOPs formula counts too
+        facts["causal"] = False
     made = Spec(whole(row, "layers"), whole(row, "hidden"), heads, int(number(row, "kv_heads") or heads), whole(row, "ffn"),
                 whole(row, "vocab"), style=kind, **facts, **adapters, **chunks)  # fmt: skip
     return made, rows
@@ -202,7 +204,7 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
     offload = row.get("offload", "").lower()
     precision, kind = row.get("precision", "").lower(), style(row)
     optimizer = {"adamw8bit": "adamw_8bit", "sgd": "sgd"}.get(row.get("optimizer_n", ""), "adamw")
-    pure = bool(re.search(r"true|bf16 params|pure", precision)) and kind != "llmfoundry" or kind == "torchtune" or "llm.c" in row.get("framework", "")
+    pure = (bool(re.search(r"true|bf16 params|pure", precision)) and kind != "llmfoundry") or kind == "torchtune" or "llm.c" in row.get("framework", "")
     notes = f"{row.get('notes', '')} {row.get('optimizer', '')}".lower()
     chunked = "chunked" in notes or not row["subset"].endswith("ablation")
     return Layout(
@@ -215,7 +217,7 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
         activation_offload="activation" in offload,
         compile=("all" if chunked else "blocks") if row.get("compile") == "yes" else "none",
         optimizer=optimizer,
-        foreach="fused" not in notes and kind != "litgpt",
+        foreach="fused" not in notes and kind == "transformers",
         quantised=row.get("method_n") == "qlora",
         single_quantisation="dq" not in row.get("quant", "") and kind == "litgpt",
         quantised_inputs=False,
@@ -270,7 +272,9 @@ def traced(made: Spec, rows: int, precision: str, autocast: bool) -> Trace:
 
 def trace_of(row: Row, laid: Layout) -> Trace:
     made, rows = spec(row)
-    precision = row.get("precision_n") or "bf16"
+    if not row.get("precision_n"):
+        raise Unpredictable("no precision_n")
+    precision = row["precision_n"]
     precision = {"tf32": "fp32"}.get(precision, precision)
     autocast = laid.strategy in ("single", "ddp") and not laid.pure and "true" not in row.get("precision", "")
     return traced(made, rows, precision, autocast)
@@ -286,6 +290,8 @@ def predict_memory(row: Row) -> tuple[float, float]:
     measured = number(row, "peak_mem_gib")
     if measured is None:
         raise Unpredictable("no peak in a known unit")
+    if re.search("not packed", row.get("notes", "").lower()):
+        raise Unpredictable("padded: the tokens of a batch are not known")
     laid = layout(row)
     held = memory.holds(trace_of(row, laid), laid).allocated
     metric = row.get("mem_metric", "").lower()
@@ -337,6 +343,8 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
         raise Unpredictable("no tokens_trained")
     if "padding" in row.get("scope", "") or "not re-predictable" in row.get("scope", ""):
         raise OutOfScope("not a training run from a config")
+    if row["subset"].startswith("mlperf"):
+        raise OutOfScope("time to a quality, evaluation included")
     made, rows = spec({**row, "ffn": row.get("ffn") or DIMENSIONS.get(row.get("model", ""), ("", ""))[0]})
     batch = number(row, "global_batch") or round((number(row, "global_batch_tokens") or ASSUMED["global_tokens"]) / rows)
     ranks = int(number(row, "gpus") or 8 * max(1, round(batch / ASSUMED["rows_per_gpu"] / 8)))
@@ -436,8 +444,16 @@ def report(folder: Path) -> dict[str, Any]:
         }
     rows = read(folder, "fits.csv")
     if rows:
-        found["fits"] = confusion(rows)
+        mirrored = {row["id"]: row for row in read(folder, "memory.csv")}
+        found["fits"] = confusion([_with_source(row, mirrored) for row in rows])
     return found
+
+
+def _with_source(row: Row, mirrored: dict[str, Row]) -> Row:
+    """A row that only repeats one of memory.csv has the inputs of that one."""
+    source = re.search(r"mirror of memory.csv (\S+)", row.get("notes", ""))
+    original = mirrored.get(source[1], {}) if source else {}
+    return {**original, **{key: value for key, value in row.items() if value or key not in original}}
 
 
 def confusion(rows: list[Row]) -> dict[str, Any]:
@@ -468,7 +484,7 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
 # Fitting
 # --------------------------------------------------------------------------------------------------------------------
 
-FITTED = ("matmul", "matmul_hopper", "attention", "attention_hopper", "bandwidth", "launch_s", "ramp_flops", "overlap", "link")
+FITTED = ("matmul", "matmul_hopper", "narrow", "bandwidth", "overlap", "link")
 
 
 def fit(rows: list[Row], start: timing.Speed) -> timing.Speed:
@@ -490,7 +506,7 @@ def fit(rows: list[Row], start: timing.Speed) -> timing.Speed:
             for name in FITTED:
                 for times in (factor, 1 / factor):
                     value = getattr(best, name) * times
-                    if name not in ("launch_s", "ramp_flops") and value > 1:
+                    if name != "narrow" and value > 1:
                         continue
                     tried = dataclasses.replace(best, **{name: value})
                     if (found := loss(tried)) < lowest - 1e-9:

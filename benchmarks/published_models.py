@@ -85,6 +85,19 @@ class _KeepsInput(torch.autograd.Function):
         return grad @ ctx.saved_tensors[1], None
 
 
+class _FusedCrossEntropy(torch.autograd.Function):
+    """llm-foundry's loss: keeps the logits and writes their gradient over them."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, labels: Tensor) -> Tensor:  # type: ignore[no-untyped-def, override]
+        ctx.save_for_backward(logits, labels)
+        return logits.new_empty(labels.shape, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def, override]
+        return ctx.saved_tensors[0].mul_(1.0), None
+
+
 class Layer(nn.Linear):
     """A linear layer, with an adapter where the row has one."""
 
@@ -248,6 +261,8 @@ def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
             for part, label in zip(logits, parts)
         ]
         return torch.cat(losses).mean()
+    if s.style == "llmfoundry":
+        return _FusedCrossEntropy.apply(logits.reshape(-1, s.vocab), labels.reshape(-1)).mean()
     if s.style in ("torchtune", "transformers"):
         logits = logits.float()
     return F.cross_entropy(logits.reshape(-1, s.vocab), labels.reshape(-1))

@@ -69,6 +69,7 @@ BLOCK_8BIT = 256  # numbers that share an fp32 scale in 8-bit AdamW
 
 # ---- Memory beyond tensors
 
+ROUNDING_FRACTION = 0.08  # of activations: blocks are handed out larger than asked; fitted on litgpt and torchtune rows
 RESERVE_FRACTION = 0.03  # allocator: reserved over allocated, lower end of published pairs (2.8 to 9.3 %)
 CUDA_CONTEXT_BYTES = 0.5 * 2**30  # torch >= 2, lazy loading of kernels
 NCCL_BYTES = 0.8 * 2**30  # buffers of one communicator
@@ -76,18 +77,18 @@ NCCL_BYTES = 0.8 * 2**30  # buffers of one communicator
 
 @dataclass(frozen=True)
 class Speed:
-    """The fitted constants of time. Each is shared by every model and source."""
+    """The constants of time, shared by every model and source. Fitted, unless a source is named."""
 
-    matmul: float = 0.80  # of the data sheet's rate, in a long run of large products
-    matmul_hopper: float = 0.66  # the same for cards whose clocks fall under load
-    attention: float = 0.55  # the same for attention
-    attention_hopper: float = 0.33
-    bandwidth: float = 0.75  # of the data sheet's
-    kernel_s: float = 4.0e-6  # a kernel's start and end, on the device
+    matmul: float = 0.77  # of the data sheet's rate, for large products
+    matmul_hopper: float = 0.60  # the same for cards whose clocks fall under load
+    narrow: float = 200.0  # a product whose sides are this long takes (1 + 3) times as long
+    attention: float = 0.55  # FlashAttention-2 paper: causal, forward and backward, A100
+    attention_hopper: float = 0.36  # the same kernel on H100, from its repository
+    bandwidth: float = 0.80  # of the data sheet's
+    kernel_s: float = 3.0e-6  # a kernel's start and end, on the device
     launch_s: float = 6.0e-6  # a kernel's launch from Python
-    ramp_flops: float = 2.0e9  # a product of this size runs at half the rate
-    overlap: float = 0.8  # of communication that computation can hide
-    link: float = 0.7  # of a link's rate
+    overlap: float = 0.6  # of computation that communication can hide behind
+    link: float = 0.6  # of a link's rate
     rank_s: float = 20e-6  # latency of a collective
 
 

@@ -252,7 +252,7 @@ def _fsdp2(x: _Shape) -> _Held:
     held = _Held({}, {"gathered weights": root}, gradient=x.master, share=trainable / max(1, x.trainable))
     (held.host if x.layout.offload == "cpu" else held.always).update(always)  # FSDP's offload: described, not run
     held.whole = x.layout.accumulation > 1
-    held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half) + 4.0
+    held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half) + (0.0 if x.layout.pure else 4.0)
     if x.layout.flat and x.layout.accumulation > 1:
         held.always["gradients held whole while accumulating"] = x.half * float(x.trace.numel())
         held.gradient = 0.0
@@ -330,7 +330,6 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     largest = max(s.numel(trainable=True) for s in trace.sections)
     done = 0  # trained numbers whose gradients have appeared
     best: tuple[float, str, dict[str, float]] = (-1.0, "", {})
-    seen: set[int] = set()
     sections = list(trace.each())
     for moment in activations:
         if moment.backward:
@@ -354,7 +353,8 @@ def holds(trace: Trace, layout: Layout) -> Holding:
         terms["logits and loss"] = moment.loss
         terms["saved activations"] = moment.saved - moment.loss
         terms["temporary"] = moment.temporary_fresh if fresh else moment.temporary
-        seen.add(moment.index)
+        if layout.device == "cuda":
+            terms["allocator rounding"] = constants.ROUNDING_FRACTION * (moment.saved + terms["temporary"])
         total = sum(terms.values())
         if total > best[0]:
             best = (total, moment.name, terms)

@@ -39,6 +39,7 @@ class Op:
     shape: tuple[Line, Line, Line] = (Line(), Line(), Line())  # m, n, k of a matmul; batched ones per product
     half: bool = False  # inputs of 16 bits
     causal: bool = False
+    again: int = 0  # how many of them recomputation repeats: it stops at the last tensor that the backward pass needs
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class Trace:
         def phase(d: Mapping[str, Any]) -> Phase:
             ops = tuple(
                 Op(o["kind"], o["count"], line(o["flops"]), line(o["bytes"]),
-                   (line(o["shape"][0]), line(o["shape"][1]), line(o["shape"][2])), o["half"], o["causal"])
+                   (line(o["shape"][0]), line(o["shape"][1]), line(o["shape"][2])), o["half"], o["causal"], o["again"])
                 for o in d["ops"]
             )  # fmt: skip
             peaks, fresh = (tuple(line(x) for x in d[k]) for k in ("peaks", "peaks_fresh"))

@@ -101,9 +101,11 @@ def computing(trace: Trace, micro_batch: int, checkpointing: int, compiled: str,
         fused = compiled != "none" and (section.name == "block" or compiled == "all")
         forward = _phase(section, section.forward, micro_batch, fused, False, card, device, speed)
         backward = _phase(section, section.backward, micro_batch, fused, True, card, device, speed)
-        again = 0
+        again, repeated = 0, forward
         if section.name == "block":
             if checkpointing:
+                repeated = _phase(section, replace(section.forward, ops=tuple(replace(o, count=o.again) for o in section.forward.ops)),
+                                  micro_batch, fused, False, card, device, speed)  # fmt: skip
                 again = len([i for i in range(blocks, blocks + section.repeat) if i % checkpointing == 0])
             blocks += section.repeat
         if quantised and section.name == "block":
@@ -112,8 +114,8 @@ def computing(trace: Trace, micro_batch: int, checkpointing: int, compiled: str,
             backward["memory traffic"] += unpack
         for name in ("matrix products", "attention", "memory traffic", "kernel launches"):
             parts[name] += section.repeat * (forward[name] + backward[name])
-        parts["recomputation"] += again * sum(forward.values())
-        backward_total += section.repeat * sum(backward.values()) + again * sum(forward.values())
+        parts["recomputation"] += again * sum(repeated.values())
+        backward_total += section.repeat * sum(backward.values()) + again * sum(repeated.values())
     return Compute(parts, backward_total)
 
 
@@ -137,8 +139,8 @@ def _phase(section: Section, phase: Phase, micro_batch: int, fused: bool, backwa
             done = flops * (0.5 if op.causal else 1.0) * (1.25 if backward else 1.0)  # the backward computes scores again
             name = "attention"
         else:
-            rate = peak * (speed.matmul_hopper if hopper else speed.matmul)
-            done, name = flops + speed.ramp_flops * (peak / 312e12), "matrix products"
+            rate = peak * (speed.matmul_hopper if hopper else speed.matmul) / _narrowness(op, micro_batch, speed)
+            done, name = flops, "matrix products"
         found[name] += op.count * (max(done / rate, op.bytes(micro_batch) / bandwidth) + speed.kernel_s)
     if fused:
         found["memory traffic"] = phase.fused(micro_batch) / bandwidth + launches * speed.kernel_s
@@ -146,6 +148,11 @@ def _phase(section: Section, phase: Phase, micro_batch: int, fused: bool, backwa
     launch = launches * speed.launch_s if device == "cuda" else 0.0
     found["kernel launches"] = max(0.0, launch - sum(found.values()))
     return found
+
+
+def _narrowness(op: Op, micro_batch: int, speed: Speed) -> float:
+    """How much longer a product takes for having short sides: tiles at its edges, and little to do per tile."""
+    return 1.0 + speed.narrow * sum(1.0 / max(1.0, side(micro_batch)) for side in op.shape)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -140,6 +140,7 @@ class _Count:
     compiled: float = 0.0
     fused: float = 0.0
     ops: list[tuple[str, float, float, tuple[float, float, float], bool, bool]] = field(default_factory=list)
+    last: int = 0  # operators before the last tensor was saved for the backward pass
     levels: list[float] = field(default_factory=list)  # bytes alive after each operator
     levels_fresh: list[float] = field(default_factory=list)
 
@@ -171,7 +172,7 @@ def _run(
     if precision != "fp32":
         context = torch.autocast("cpu", DTYPES[precision])
         rules = _CudaAutocast() if device == "cuda" else rules
-    with tape.hooked(), context, rules, tape:
+    with tape.hooked(), context, rules, tape, torch.autograd.graph.saved_tensors_hooks(tape.saved, lambda t: t):
         value = loss(module, batch)
         tape.turn()
         value.backward()
@@ -198,12 +199,14 @@ def _join(a: _Part, b: _Part, repeats: Mapping[int, int]) -> Section:
     def phase(x: _Count, y: _Count) -> Phase:
         if [o[0] for o in x.ops] != [o[0] for o in y.ops]:
             raise ValueError(f"the operators of {a.name} depend on the micro-batch: it cannot be planned from a trace")
-        ops: dict[Op, int] = {}
-        for (name, f, n, s, half, causal), (_, f2, n2, s2, _, _) in zip(x.ops, y.ops, strict=True):
+        ops: dict[Op, list[int]] = {}
+        for index, ((name, f, n, s, half, causal), (_, f2, n2, s2, _, _)) in enumerate(zip(x.ops, y.ops, strict=True)):
             shape = (line(s[0], s2[0]), line(s[1], s2[1]), line(s[2], s2[2]))
             op = Op(name.partition(":")[0], 1, line(f, f2), line(n, n2), shape, half, causal)
-            ops[op] = ops.get(op, 0) + 1
-        joined = tuple(dataclasses.replace(op, count=count) for op, count in ops.items())
+            counts = ops.setdefault(op, [0, 0])
+            counts[0] += 1
+            counts[1] += index < x.last
+        joined = tuple(dataclasses.replace(op, count=count, again=again) for op, (count, again) in ops.items())
         peaks = _hull([line(*pair) for pair in zip(x.levels, y.levels, strict=True)])
         fresh = _hull([line(*pair) for pair in zip(x.levels_fresh, y.levels_fresh, strict=True)])
         return Phase(line(x.kept, y.kept), peaks, fresh, line(x.compiled, y.compiled), line(x.fused, y.fused), joined)
@@ -432,6 +435,12 @@ class _Tape(TorchDispatchMode):
         self.count.levels_fresh.append(self.fresh - self.count.start)
         self._account(name, args, kwargs or {}, inputs, outputs)
         return out
+
+    def saved(self, t: Tensor) -> Tensor:
+        """autograd keeps `t` for the backward pass; recomputation stops at the last of them. (A detached alias: with the
+        tensor itself, an operator that saves its output would keep itself alive.)"""
+        self.count.last = len(self.count.ops)
+        return t.detach()
 
     def _is_copy_of_weight(self, source: Tensor, copy: Tensor) -> bool:
         if id(source.untyped_storage()) not in self.fixed or copy.element_size() >= source.element_size():
