@@ -78,11 +78,11 @@ def test_the_loss_of_classes_is_cross_entropy_summed(tmp_path: Path) -> None:
 def test_balanced_weights_make_rare_classes_weigh_as_much_as_common_ones(tmp_path: Path) -> None:
     cfg = _cfg(tmp_path, "classify")
     cfg.task.class_weights = "balanced"
-    weights = Classify(cfg, _prepared(3, class_counts=[60, 30, 10])).class_weights(torch.device("cpu"))
+    weights = Classify(cfg, _prepared(3, class_counts=[60, 30, 10])).class_weights(torch.zeros(()))
     assert weights is not None
     torch.testing.assert_close(weights * torch.tensor([0.6, 0.3, 0.1]), torch.full((3,), 1 / 3))
     cfg.task.class_weights = [2.0, 2.0, 2.0]
-    given = Classify(cfg, _prepared(3, class_counts=[60, 30, 10])).class_weights(torch.device("cpu"))
+    given = Classify(cfg, _prepared(3, class_counts=[60, 30, 10])).class_weights(torch.zeros(()))
     torch.testing.assert_close(given, torch.ones(3))
     with pytest.raises(DataError, match=r"task.class_weights=.* 4 classes"):
         Classify(cfg, _prepared(4))

@@ -47,7 +47,7 @@ class Classify(VisionTask):
         smoothing = self.cfg.task.label_smoothing
         wanted = labels * (1 - smoothing) + smoothing / self.num_classes
         losses = -(wanted * log_probabilities).sum(dim=1)
-        weights = self.class_weights(losses.device)
+        weights = self.class_weights(losses)
         if weights is not None:
             losses = losses * weights[batch["label"]]
         return (losses * batch["weight"]).sum(), self.count(batch)

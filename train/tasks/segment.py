@@ -101,6 +101,7 @@ class Segment(VisionTask):
             if directory is None:
                 continue
             picture, truth = pictures.load(index)
+            assert isinstance(truth, np.ndarray)
             layers = (np.zeros_like(mask), truth, mask)
             strip = np.concatenate([overlay(picture, layer, self.num_classes) for layer in layers], axis=1)
             zoom = max(1, _SMALLEST_SIDE // picture.shape[0])
@@ -121,7 +122,7 @@ class Segment(VisionTask):
         # One-hot products and no gather, whose backward pass adds in no fixed order on a GPU; 0 where ignored.
         truth = (mask[:, None] == classes).to(logits.dtype) * (mask != self.cfg.data.ignore_index)[:, None]
         log_probabilities = F.log_softmax(logits, dim=1)
-        weights = self.class_weights(logits.device)
+        weights = self.class_weights(logits)
         wanted = truth if weights is None else truth * weights[None, :, None, None]
         pixels = truth.sum(dim=(1, 2, 3))
         losses = -(wanted * log_probabilities).sum(dim=(1, 2, 3)) / pixels.clamp(min=1)

@@ -40,7 +40,8 @@ class VisionTask:
         self.cfg, self.prepared, self.info = cfg, prepared, prepared.info
         self.num_classes: int = self.info["num_classes"]
         self.classes: list[str] = self.info["classes"]
-        self._class_weights = self._weigh_classes()
+        self._weights = self._weigh_classes()
+        self._placed: Tensor | None = None
 
     def build_model(self) -> nn.Module:
         """The network over normalised images. Raises models.ModelError."""
@@ -51,13 +52,18 @@ class VisionTask:
         """The validation pictures."""
         return data.open_datasets(self.prepared, self.cfg)[1]  # type: ignore[return-value]
 
-    def class_weights(self, device: torch.device) -> Tensor | None:
-        """float32 [classes] on `device`, their mean over the training data 1; None where all classes weigh the same."""
-        if self._class_weights is not None and self._class_weights.device != device:
-            self._class_weights = self._class_weights.to(device)
-        return self._class_weights
+    def class_weights(self, like: Tensor) -> Tensor | None:
+        """float32 [classes] beside `like`, their mean over the training data 1; None where all weigh the same."""
+        if self._weights is None:
+            return None
+        if self._placed is not None and self._placed.device == like.device and type(self._placed) is type(like):
+            return self._placed
+        placed = torch.tensor(self._weights, dtype=torch.float32, device=like.device)
+        if type(placed) is Tensor:  # not that of a trace, which lives in the trace
+            self._placed = placed
+        return placed
 
-    def _weigh_classes(self) -> Tensor | None:
+    def _weigh_classes(self) -> list[float] | None:
         asked = self.cfg.task.class_weights
         if asked is None:
             return None
@@ -74,7 +80,7 @@ class VisionTask:
         mean = float((weights * counts).sum() / counts.sum())
         if mean == 0:
             raise DataError(f"task.class_weights={asked}: every class in the training data has weight 0.")
-        return torch.tensor(weights / mean, dtype=torch.float32)
+        return (weights / mean).tolist()
 
     def sources(self, source: Path | None, say: Callable[[str], None]) -> Tiles:
         """The pictures to predict: those of a file or folder, or the held-out ones. Raises DataError."""
