@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +43,8 @@ Plugin = Annotated[
     str | None, typer.Option(envvar="GEARSHIFT_PLUGIN", help="A package that adds models, sources or tasks")
 ]
 ConfigDir = Annotated[str | None, typer.Option(help="A directory of more config groups")]
+To = Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the files go", show_default=False)]
+Which = Annotated[str, typer.Option("--step", help="best, last, or a number: the checkpoint to take")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show config, hashes, command and environment; start nothing")]
 Wait = Annotated[bool, typer.Option("--wait", help="On Slurm: wait for the end of the run, return its exit code")]
 Json = Annotated[bool, typer.Option("--json", help="For programs")]
@@ -125,13 +128,10 @@ def resume(
 
     from train import config
 
-    if step not in ("best", "last") and not step.isdecimal():
-        raise config.ConfigError([f"--step {step}: must be best, last or the number of a step."])
+    _step(step)
     overrides = overrides or []
     directory = _existing(run)
-    _importable_from_here(plugin)
-    if plugin is not None:
-        config.import_plugin(plugin)
+    _import(plugin)
     cfg = config.load(directory.path, overrides)
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
     limits: dict[str, Any] = {key: None for key in ("stop_at", "max_time") if f"run.{key}" not in given}
@@ -154,6 +154,71 @@ def prepare(overrides: Overrides = None, plugin: Plugin = None, config_dir: Conf
     for name, value in {**prepared.info, **prepared.fingerprints}.items():
         print(f"{name:<20} {value}")
     print(f"{'in':<20} {prepared.directory}")
+    return 0
+
+
+@verb
+def predict(
+    run: RunPath,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[INPUT] [OVERRIDES]",
+            help="A file or a folder; without one, what the run held out. Overrides: where, how and paths",
+            show_default=False,
+        ),
+    ] = None,
+    *,
+    to: To,
+    step: Which = "best",
+    plugin: Plugin = None,
+) -> int:
+    """PNG masks and overlays, CSV classes, continued text; metrics where the true answers are there."""
+    from train import config
+
+    given = words or []
+    overrides = [word for word in given if "=" in word and not Path(word).exists()]
+    inputs = [word for word in given if word not in overrides]
+    if len(inputs) > 1:
+        raise config.ConfigError([f"INPUT is one file or folder, and {len(inputs)} are given: {' '.join(inputs[:5])}"])
+    _step(step)
+    directory = _existing(run)
+    _import(plugin)
+    with _told():
+        from train.predict import predict
+
+        source = inputs[0] if inputs else None
+        metrics = predict(directory.path, source, to, step=step, overrides=overrides, say=say)
+    for name, value in metrics.items():
+        print(f"{name:<20} {value:.6g}")
+    return 0
+
+
+@verb
+def export(
+    run: RunPath,
+    overrides: Overrides = None,
+    *,
+    to: To,
+    step: Which = "best",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Add adapters to their base; QLoRA's to the base as it was")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Of the stored weights: fp32, bf16 or fp16")] = "fp32",
+    shard_size: Annotated[str, typer.Option(help="Of the largest file")] = "5GB",
+    plugin: Plugin = None,
+) -> int:
+    """Weights for others, in the layout that their libraries load; loaded back and compared with the run."""
+    _step(step)
+    directory = _existing(run)
+    _import(plugin)
+    with _told():
+        from train.export import export
+
+        export(
+            directory.path, to, step=step, merge=merge, dtype=dtype, shard_size=shard_size, overrides=overrides or (),
+            say=print,
+        )  # fmt: skip
     return 0
 
 
@@ -234,6 +299,35 @@ def _prepared(cfg: Config) -> Prepared:
     from train import data
 
     return data.prepare(cfg, say)
+
+
+def _step(step: str) -> None:
+    from train import config
+
+    if step not in ("best", "last") and not step.isdecimal():
+        raise config.ConfigError([f"--step {step}: must be best, last or the number of a step."])
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What the parts of a trained model complain of, as an error that `verb` tells. Loads torch."""
+    from train.checkpoint import CheckpointError
+    from train.models import ModelError
+    from train.rundir import RunError
+
+    try:
+        yield
+    except (CheckpointError, ModelError) as error:
+        raise RunError(str(error)) from error
+
+
+def _import(plugin: str | None) -> None:
+    """For the verbs that compose nothing: a run directory never names a plug-in."""
+    from train import config
+
+    _importable_from_here(plugin)
+    if plugin is not None:
+        config.import_plugin(plugin)
 
 
 def _importable_from_here(plugin: str | None) -> None:

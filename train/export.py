@@ -36,7 +36,7 @@ _PROBE_TOKENS = 64
 _ANSWER_TOKENS = 32
 
 
-class ExportError(Exception):
+class ExportError(rundir.RunError):
     """The export was not made; the message says why, and what to type instead."""
 
 
