@@ -22,6 +22,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -40,42 +41,17 @@ class ModelError(Exception):
 Builder = Callable[["Config", Mapping[str, Any]], nn.Module]
 
 
-def _llama(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import lm
-
-    return lm.llama(cfg, info)
-
-
-def _gpt2(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import lm
-
-    return lm.gpt2(cfg, info)
-
-
-def _vit(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import vision
-
-    return vision.vit(cfg, info)
-
-
-def _convnet(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import vision
-
-    return vision.convnet(cfg, info)
-
-
-def _unet(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
-    from train.models import vision
-
-    return vision.unet(cfg, info)
+def _later(module: str, name: str) -> Builder:
+    """A builder whose module, and the libraries behind it, are imported when it is used."""
+    return lambda cfg, info: getattr(import_module(f"train.models.{module}"), name)(cfg, info)
 
 
 MODELS: dict[str, Builder] = {
-    "llama": _llama,
-    "gpt2": _gpt2,
-    "vit": _vit,
-    "convnet": _convnet,
-    "unet": _unet,
+    "llama": _later("lm", "llama"),
+    "gpt2": _later("lm", "gpt2"),
+    "vit": _later("vision", "vit"),
+    "convnet": _later("vision", "convnet"),
+    "unet": _later("vision", "unet"),
 }
 """Name of a model -> a function of (config, what `prepare` counted) that builds it."""
 
@@ -108,7 +84,7 @@ def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
 def parameters_on_meta() -> Iterator[None]:
     """Inside, a parameter is on meta from the moment it belongs to a module; buffers compute themselves as ever."""
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
         if type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)

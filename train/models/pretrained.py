@@ -98,7 +98,7 @@ def adapt(model: Any, cfg: Config) -> Any:
         raise ModelError(f"peft.target_modules={targets}: {error} Linear layers of this model: {known}.") from error
     for name, parameter in adapted.named_parameters():
         parameter.requires_grad_(".lora_" in name or plain_name(name) in fresh)
-    adapted.starting_weights = lambda name: source(plain_name(name))
+    adapted.starting_weights = lambda name: source(plain_name(name))  # type: ignore[assignment]
     return adapted
 
 
@@ -358,7 +358,8 @@ def _quantise(model: Any, cfg: Config) -> None:
         small: Any = bnb.Linear4bit(in_features, out_features, bias=layer.bias is not None, compute_dtype=dtype)
         # In evaluation this CPU path repacks the weights in place, and what is trained afterwards is another model.
         small.support_avx512bf16_for_cpu = False
-        small.weight = bnb.Params4bit(weight, quant_type="nf4", quant_storage=storage, module=small).to("cpu")
+        quantised: Any = bnb.Params4bit(weight, quant_type="nf4", quant_storage=storage, module=small)
+        small.weight = quantised.to("cpu")
         if layer.bias is not None:
             small.bias = layer.bias
         parent, _, leaf = name.rpartition(".")

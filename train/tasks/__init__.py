@@ -12,6 +12,7 @@ A plug-in adds a task with `TASKS["mine"] = factory`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,13 +32,18 @@ class Task(Protocol):
     at nothing inside. Rows whose `weight` is 0 are padding and count for nothing.
     """
 
-    objective: str
-    """The metric of `evaluate` that runs are compared by unless `eval.metric` names another."""
-    directions: dict[str, bool]
-    """Metric of `evaluate` -> whether higher is better. Holds every name that `eval.metric` may have."""
+    @property
+    def objective(self) -> str:
+        """The metric of `evaluate` that runs are compared by unless `eval.metric` names another."""
+        ...
+
+    @property
+    def directions(self) -> dict[str, bool]:
+        """Metric of `evaluate` -> whether higher is better. Holds every name that `eval.metric` may have."""
+        ...
 
     def build_model(self) -> nn.Module:
-        """The module, possibly on meta; `models.initialise` sets its values. Raises models.ModelError."""
+        """The module, its parameters on meta: `models.initial_values` says what they hold. Raises models.ModelError."""
         ...
 
     def count(self, batch: Batch) -> Tensor:
@@ -81,27 +87,17 @@ class Task(Protocol):
         ...
 
 
-def _causal_lm(cfg: Config, prepared: Prepared) -> Task:
-    from train.tasks.causal_lm import CausalLM
-
-    return CausalLM(cfg, prepared)
+Factory = Callable[["Config", "Prepared"], Task]
 
 
-def _classify(cfg: Config, prepared: Prepared) -> Task:
-    from train.tasks.classify import Classify
-
-    return Classify(cfg, prepared)
-
-
-def _segment(cfg: Config, prepared: Prepared) -> Task:
-    from train.tasks.segment import Segment
-
-    return Segment(cfg, prepared)
+def _later(module: str, name: str) -> Factory:
+    """A task whose module, and torch behind it, is imported when it is used."""
+    return lambda cfg, prepared: getattr(import_module(f"train.tasks.{module}"), name)(cfg, prepared)
 
 
-TASKS: dict[str, Callable[[Config, Prepared], Task]] = {
-    "causal_lm": _causal_lm,
-    "classify": _classify,
-    "segment": _segment,
+TASKS: dict[str, Factory] = {
+    "causal_lm": _later("causal_lm", "CausalLM"),
+    "classify": _later("classify", "Classify"),
+    "segment": _later("segment", "Segment"),
 }
 """Name of a task -> a function of (config, what `prepare` left). Importing this imports no torch."""

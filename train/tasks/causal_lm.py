@@ -121,7 +121,7 @@ class CausalLM:
 
         speller = AutoTokenizer.from_pretrained(self.info["tokenizer"], local_files_only=True, trust_remote_code=False)
         turns = [{"role": "user", "content": text}]
-        return speller.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+        return list(speller.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
 
     def _decode(self, ids: list[int]) -> str:
         """The text of new tokens up to where the model ends it."""
