@@ -213,7 +213,7 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
         micro_batch=micro,
         accumulation=int(accumulation),
         checkpointing={"none": 0, "full": 1, "selective": 2}[saved.split("+")[0]],
-        offload="cpu" if re.search(r"optimizer|paged|cpu offload", offload) else "none",
+        offload="paged" if "paged" in offload else "cpu" if re.search(r"optimizer|cpu offload", offload) else "none",
         activation_offload="activation" in offload,
         compile=("all" if chunked else "blocks") if row.get("compile") == "yes" else "none",
         optimizer=optimizer,
@@ -329,8 +329,9 @@ def predict_fit(row: Row) -> tuple[bool, bool, float]:
     return share <= 1.0, row["fits"] == "yes", share
 
 
-# What a pretraining run is assumed to use where its row is silent; the same for every row.
-ASSUMED = {"global_tokens": 4e6, "rows_per_gpu": 2}
+# What a pretraining run is assumed to use where its row is silent, the same for every row: a batch of 4M tokens, on as
+# many devices as get 4,096 tokens each.
+ASSUMED_TOKENS, ASSUMED_TOKENS_EACH = 2**22, 4096
 
 
 def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[float, float]:
@@ -346,8 +347,8 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
     if row["subset"].startswith("mlperf"):
         raise OutOfScope("time to a quality, evaluation included")
     made, rows = spec({**row, "ffn": row.get("ffn") or DIMENSIONS.get(row.get("model", ""), ("", ""))[0]})
-    batch = number(row, "global_batch") or round((number(row, "global_batch_tokens") or ASSUMED["global_tokens"]) / rows)
-    ranks = int(number(row, "gpus") or 8 * max(1, round(batch / ASSUMED["rows_per_gpu"] / 8)))
+    batch = number(row, "global_batch") or round((number(row, "global_batch_tokens") or ASSUMED_TOKENS) / rows)
+    ranks = int(number(row, "gpus") or min(batch, max(1, batch * rows // ASSUMED_TOKENS_EACH)))
     precision = row.get("precision_n") or "bf16"
     best = math.inf
     place = machine(row, ranks)
@@ -361,7 +362,8 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
         best = min(best, seconds / done)
     if best == math.inf:
         raise Unpredictable("no layout of this project's fits the cluster")
-    return tokens * best * ranks / 3600, stated
+    productive = 1.0 if "step time" in row.get("scope", "") else timing.productive(place)
+    return tokens * best * ranks / 3600 / productive, stated
 
 
 DIMENSIONS: dict[str, tuple[str, str]] = {}

@@ -67,6 +67,11 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit scale per 64; an f
 NF4_SINGLE_BYTES = 0.5 + 4 / 64  # without double quantisation
 BLOCK_8BIT = 256  # numbers that share an fp32 scale in 8-bit AdamW
 
+# ---- What a run spends beside its steps
+
+PRODUCTIVE_NODES = 0.90  # "higher than 90 % effective training time": the Llama 3 paper, on a cluster
+PRODUCTIVE_ONE_NODE = 0.97  # evaluation and checkpoints alone
+
 # ---- Memory beyond tensors
 
 ROUNDING_FRACTION = 0.08  # of activations: blocks are handed out larger than asked; fitted on litgpt and torchtune rows
@@ -79,16 +84,16 @@ NCCL_BYTES = 0.8 * 2**30  # buffers of one communicator
 class Speed:
     """The constants of time, shared by every model and source. Fitted, unless a source is named."""
 
-    matmul: float = 0.77  # of the data sheet's rate, for large products
-    matmul_hopper: float = 0.60  # the same for cards whose clocks fall under load
-    narrow: float = 200.0  # a product whose sides are this long takes (1 + 3) times as long
+    matmul: float = 0.76  # of the data sheet's rate, for large products
+    matmul_hopper: float = 0.57  # the same for cards whose clocks fall under load
+    narrow: float = 150.0  # a product whose sides are this long takes (1 + 3) times as long
     attention: float = 0.55  # FlashAttention-2 paper: causal, forward and backward, A100
     attention_hopper: float = 0.36  # the same kernel on H100, from its repository
-    bandwidth: float = 0.80  # of the data sheet's
+    bandwidth: float = 0.85  # of the data sheet's
     kernel_s: float = 3.0e-6  # a kernel's start and end, on the device
     launch_s: float = 6.0e-6  # a kernel's launch from Python
-    overlap: float = 0.6  # of computation that communication can hide behind
-    link: float = 0.6  # of a link's rate
+    overlap: float = 0.4  # of computation that communication can hide behind
+    link: float = 0.5  # of a link's rate
     rank_s: float = 20e-6  # latency of a collective
 
 

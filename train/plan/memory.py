@@ -225,7 +225,7 @@ def _single(x: _Shape) -> _Held:
     always = {"weights": x.master * x.trainable + x.frozen}
     state = {"optimizer state": x.moments() * x.trainable}
     held = _Held(always, gradient=x.master, whole=x.layout.accumulation > 1)
-    (held.host if x.layout.offload == "cpu" else held.always).update(state)  # a paged optimizer: described, not run
+    (held.host if x.layout.offload == "paged" else held.always).update(state)  # a paged optimizer: described, not run
     return held
 
 

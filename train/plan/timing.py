@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
-from train.plan.constants import CARDS, SPEED, Card, Speed
+from train.plan import constants
+from train.plan.constants import SPEED, Card, Speed
 from train.plan.memory import Layout
 from train.plan.shapes import Op, Phase, Section, Trace
 
@@ -45,6 +46,11 @@ class Machine:
     @property
     def ranks(self) -> int:
         return self.devices * self.nodes
+
+
+def productive(machine: Machine) -> float:
+    """The share of a run's time that goes into steps; the rest is failures, restarts, evaluation and checkpoints."""
+    return constants.PRODUCTIVE_NODES if machine.nodes > 1 else constants.PRODUCTIVE_ONE_NODE
 
 
 @dataclass(frozen=True)
@@ -205,7 +211,7 @@ def updating(trace: Trace, layout: Layout, machine: Machine, speed: Speed) -> fl
     moved = {"adamw": 28.0, "adamw_8bit": 16.0, "sgd": 20.0}[layout.optimizer] + 12.0
     if layout.pure:
         moved /= 2
-    if layout.offload != "none":
+    if layout.offload in ("cpu", "nvme"):
         return numbers * moved * machine.devices / machine.host_bandwidth
     return numbers * moved / (machine.card.bandwidth_gb_s * 1e9 * speed.bandwidth)
 
@@ -216,7 +222,9 @@ def transferring(trace: Trace, layout: Layout, machine: Machine, compute: float)
         return 0.0
     numbers = trace.numel(trainable=True) / (layout.ranks if layout.strategy != "single" else 1)
     seconds = 0.0
-    if layout.offload != "none":
+    if layout.offload == "paged":
+        seconds += numbers * 2 * 2.0 / machine.pcie
+    elif layout.offload != "none":
         seconds += numbers * (4.0 + 2.0) / machine.pcie  # gradients go, weights come back
         if layout.offload == "nvme":
             seconds += numbers * machine.devices * 24.0 / machine.nvme
