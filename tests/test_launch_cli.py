@@ -208,9 +208,10 @@ def result_of(run: RunDir) -> dict:
 
 def started(words: list[str], run: RunDir, step: int) -> tuple[subprocess.Popen, list[psutil.Process]]:
     """`gearshift run` once it has trained up to `step`, and every process below it."""
-    process = subprocess.Popen([*GEARSHIFT, "run", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with open("stderr.txt", "w") as told:
+        process = subprocess.Popen([*GEARSHIFT, "run", *words], stdout=subprocess.DEVNULL, stderr=told)
     while (rundir.last_record(run.metrics) or {"step": 0})["step"] < step:
-        assert process.poll() is None
+        assert process.poll() is None, Path("stderr.txt").read_text()
         time.sleep(0.02)
     return process, psutil.Process(process.pid).children(recursive=True)
 
@@ -290,3 +291,20 @@ def test_killing_gearshift_leaves_no_orphans(
     _, left = psutil.wait_procs(below, timeout=20)
     assert not left
     assert result_of(run)["status"] == "stopped"  # they saved before they left
+
+
+@pytest.mark.pulse
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_rank_is_started_again_from_the_last_commit(
+    gearshift: Command, tmp_path: Path, settings: list[str], processes: int
+) -> None:
+    run = RunDir(tmp_path / "runs" / "r")
+    words = [*settings, "train.max_steps=400", "checkpoint.every=50", "run.max_restarts=1"]
+    process, below = started([*words, f"hardware.devices_per_node={processes}"], run, step=120)
+    below[-1].kill()
+    assert process.wait(120) == 0
+    assert result_of(run)["attempt"] == 2
+    (resumed,) = [event for event in rundir.read_jsonl(run.events) if event["kind"] == "resume"]
+    assert resumed["step"] >= 100
