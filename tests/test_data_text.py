@@ -222,6 +222,21 @@ def test_the_tokenizer_is_trained_on_the_training_split_alone(cfg: Config, tmp_p
     assert second.fingerprints["tokenizer"] == first.fingerprints["tokenizer"]
 
 
+def test_text_that_changes_while_it_is_read_is_refused(
+    cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def meddle(self: tokenizer.Tokenizer, texts: list[str]) -> list[np.ndarray]:
+        (tmp_path / "docs/d0/0.txt").write_text("late\n" * 99)
+        return encode(self, texts)
+
+    encode = tokenizer.Tokenizer.encode
+    monkeypatch.setattr(tokenizer.Tokenizer, "encode", meddle)
+    with pytest.raises(DataError, match="changed while it was read"):
+        prepare(cfg)
+    monkeypatch.undo()
+    assert prepare(cfg).info["rows"] == 40
+
+
 def test_weights_of_the_model_are_fingerprinted_by_content(cfg: Config, tmp_path: Path) -> None:
     for name in ("a", "b"):
         tokenizer.save(prepare(cfg).directory, tmp_path / name)

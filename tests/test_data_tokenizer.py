@@ -82,6 +82,16 @@ def test_the_same_text_gives_the_same_tokenizer_in_another_process(tmp_path: Pat
     assert make("bpe", tmp_path / "other", texts=CORPUS[1:]).content != there
 
 
+def test_a_large_corpus_is_sampled_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [f"{number:09d}\n" for number in range(1000)]
+    assert list(tokenizer._sample(iter(texts), 10_000)) == texts
+    monkeypatch.setattr(tokenizer, "_TRAINING", 2000)
+    chosen = [int(text) for text in tokenizer._sample(iter(texts), 10_000)]
+    assert 150 < len(chosen) < 250
+    assert {number // 100 for number in chosen} == set(range(10))  # from all of it
+    assert [int(text) for text in tokenizer._sample(iter(texts), 0)] == list(range(401))  # unknown size: bounded
+
+
 def test_long_documents_are_encoded_in_pieces(made: tokenizer.Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     text = CORPUS[0] + "x" * 500 + "\n" + CORPUS[1]
     whole = made.encode([text, "b"])

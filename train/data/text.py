@@ -206,6 +206,9 @@ def _build(
             baselines.add(content, held=number == len(sources))
     for stream in streams:
         stream.close()
+    for source in [*sources, *([held_out] if held_out else [])]:
+        if documents.locate(source.path, cfg, lambda _: None).content != source.content:
+            raise DataError(f"{source.path} changed while it was read. Start again once nothing writes to it.")
     train, val = streams[:-1], streams[-1]
     found: dict[str, Any] = {
         "rows": quarantine.rows,

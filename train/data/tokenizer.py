@@ -87,9 +87,9 @@ def locate(cfg: Config, say: Callable[[str], None]) -> Origin:
 
 
 def make(origin: Origin, directory: Path, texts: Callable[[], Iterator[str]], size: int, cfg: Config) -> Tokenizer:
-    """Write the tokenizer into `directory` and open it.
+    """Write the tokenizer into `directory` and open it. Raises DataError.
 
-    `texts()` yields the training documents, `size` bytes in all (about); it is called for a BPE only. Raises DataError.
+    `texts()` yields the training documents, `size` bytes in all (about; 0 is unknown); it is called for a BPE only.
     """
     if origin.word in ("bytes", "bpe"):
         backend = _train(texts, size, cfg.data.tokenizer_vocab_size) if origin.word == "bpe" else _bytes()
@@ -189,14 +189,23 @@ def _train(texts: Callable[[], Iterator[str]], size: int, vocab_size: int) -> Ba
             f"data.tokenizer_vocab_size={vocab_size}: at least {256 + len(SPECIALS)}, for 256 bytes and the special "
             f"tokens {' '.join(SPECIALS)}."
         )
-    part = _TRAINING / max(size, 1)  # of a large corpus, the documents whose hash falls into this share of it
-    chosen = (text for text in texts() if part >= 1 or cache.share(text) < part)
     backend = _byte_level(models.BPE(), use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIALS), initial_alphabet=_letters(), show_progress=False
     )
-    backend.train_from_iterator(chosen, trainer)
+    backend.train_from_iterator(_sample(texts(), size), trainer)
     return backend
+
+
+def _sample(texts: Iterator[str], size: int) -> Iterator[str]:
+    """Of a large corpus, the documents whose hash falls into a share of it; of one of unknown size, the first."""
+    part, left = _TRAINING / max(size, 1), 2 * _TRAINING
+    for text in texts:
+        if part >= 1 or cache.share(text) < part:
+            yield text
+            left -= len(text)
+        if left < 0:
+            return
 
 
 def _bytes() -> Backend:
