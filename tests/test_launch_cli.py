@@ -97,7 +97,6 @@ def test_a_config_error_says_everything_at_once_without_torch(gearshift: Command
     [
         (["rum"], "'run'"),
         (["run", "--fool"], "--fool"),
-        (["run", "-m", "seed=1,2"], "sweeps"),
         (["resume"], "RUN"),
         (["resume", "nowhere"], "nowhere is not a run directory"),
         (["resume", "nowhere", "--step", "newest"], "--step newest"),
