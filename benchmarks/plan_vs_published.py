@@ -247,9 +247,9 @@ def machine(row: Row, ranks: int) -> timing.Machine:
 
 
 @lru_cache(maxsize=4096)
-def traced(made: Spec, rows: int, precision: str, autocast: bool) -> Trace:
+def traced(made: Spec, rows: int, precision: str, mode: str) -> Trace:
     """The trace of a decoder, kept on disk by everything that it depends on."""
-    path = CACHE / f"{hashed(made, rows, precision, autocast)}.json"
+    path = CACHE / f"{hashed(made, rows, precision, mode)}.json"
     if path.exists():
         return Trace.from_dict(json.loads(path.read_text()))
     import published_models
@@ -262,7 +262,7 @@ def traced(made: Spec, rows: int, precision: str, autocast: bool) -> Trace:
         published_models.batch(rows),
         published_models.loss,
         precision=precision,
-        autocast=autocast,
+        mode=mode,
         tokens=rows,
     )
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -277,7 +277,7 @@ def trace_of(row: Row, laid: Layout) -> Trace:
     precision = row["precision_n"]
     precision = {"tf32": "fp32"}.get(precision, precision)
     autocast = laid.strategy in ("single", "ddp") and not laid.pure and "true" not in row.get("precision", "")
-    return traced(made, rows, precision, autocast)
+    return traced(made, rows, precision, "autocast" if autocast else "weights")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -352,8 +352,8 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
     precision = row.get("precision_n") or "bf16"
     best = math.inf
     place = machine(row, ranks)
-    for laid, autocast in layouts(ranks, int(batch), row):
-        made_trace = traced(made, rows, precision, autocast)
+    for laid, mode in layouts(ranks, int(batch)):
+        made_trace = traced(made, rows, precision, mode)
         held = memory.holds(made_trace, laid).allocated
         if held + sum(memory.device_overhead(held, ranks, "cuda").values()) > place.memory_bytes:
             continue
@@ -369,12 +369,12 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
 DIMENSIONS: dict[str, tuple[str, str]] = {}
 
 
-def layouts(ranks: int, batch: int, row: Row) -> Iterator[tuple[Layout, bool]]:
+def layouts(ranks: int, batch: int) -> Iterator[tuple[Layout, str]]:
     share = max(1, batch // ranks)
     for micro in sorted({m for m in (1, 2, 4, 8, 16, 32) if m <= share} | {share if share <= 32 else 32}):
         for checkpointing in (0, 1):
-            for name, autocast in (("ddp", True), ("fsdp2", False), ("zero1", False), ("zero3", False)):
-                yield Layout(name, ranks, micro, -(-share // micro), checkpointing), autocast
+            for name, mode in (("ddp", "autocast"), ("fsdp2", "weights"), ("zero1", "weights"), ("zero3", "weights")):
+                yield Layout(name, ranks, micro, -(-share // micro), checkpointing), mode
 
 
 # --------------------------------------------------------------------------------------------------------------------

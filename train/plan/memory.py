@@ -313,7 +313,7 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     held = STRATEGIES[layout.strategy](x)
     if layout.ema:
         held.always["moving average of weights"] = 4.0 * x.trainable * (held.share if layout.strategy != "ddp" else 1.0)
-    if trace.autocast:
+    if trace.mode == "autocast" and trace.precision != "fp32":
         held.computing["16-bit copies of weights"] = float(sum(s.copies for s in trace.each()))
     if layout.quantised:
         biggest = max((p.numel for s in trace.sections if s.name == "block" for p in s.params if not p.trainable), default=0)

@@ -5,7 +5,6 @@ Owns: `Trace` and its parts, and their form as JSON. Does not own: how a trace i
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +89,7 @@ class Trace:
 
     sections: tuple[Section, ...]  # in the order of the forward pass
     precision: str  # fp32, bf16, fp16
-    autocast: bool  # fp32 weights, cast at each use; else the weights themselves are in `precision`
+    mode: str  # how `precision` is reached: see `trace.MODES`
     tokens: int  # per sample: tokens of a row, or 1
 
     def each(self) -> Iterator[Section]:
@@ -117,28 +116,40 @@ class Trace:
         return total
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        """Plain values, for JSON; positional and short, since traces are kept in files."""
+
+        def line(x: Line) -> list[float]:
+            return [round(x.base, 1), round(x.each, 1)]
+
+        def phase(x: Phase) -> list[Any]:
+            ops = [[o.kind, o.count, line(o.flops), line(o.bytes), [line(d) for d in o.shape], o.half, o.causal, o.again] for o in x.ops]
+            peaks = [[line(y) for y in lines] for lines in (x.peaks, x.peaks_fresh)]
+            return [line(x.kept), *peaks, line(x.compiled), line(x.fused), ops]
+
+        sections = [
+            [s.name, s.repeat, [[p.numel, p.rows, p.trainable, p.matrix] for p in s.params], phase(s.forward), phase(s.backward),
+             line(s.inputs), s.copies]
+            for s in self.sections
+        ]  # fmt: skip
+        return {"sections": sections, "precision": self.precision, "mode": self.mode, "tokens": self.tokens}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Trace:
-        """The inverse of `to_dict`. Raises KeyError or TypeError on anything else."""
+        """The inverse of `to_dict`. Raises KeyError, TypeError or ValueError on anything else."""
 
-        def line(d: Mapping[str, float]) -> Line:
-            return Line(d["base"], d["each"])
+        def lines(rows: list[list[float]]) -> tuple[Line, ...]:
+            return tuple(Line(*row) for row in rows)
 
-        def phase(d: Mapping[str, Any]) -> Phase:
-            ops = tuple(
-                Op(o["kind"], o["count"], line(o["flops"]), line(o["bytes"]),
-                   (line(o["shape"][0]), line(o["shape"][1]), line(o["shape"][2])), o["half"], o["causal"], o["again"])
-                for o in d["ops"]
-            )  # fmt: skip
-            peaks, fresh = (tuple(line(x) for x in d[k]) for k in ("peaks", "peaks_fresh"))
-            return Phase(line(d["kept"]), peaks, fresh, line(d["compiled"]), line(d["fused"]), ops)
+        def phase(d: list[Any]) -> Phase:
+            kept, peaks, fresh, compiled, fused, ops = d
+            made = tuple(
+                Op(kind, count, Line(*flops), Line(*moved), (Line(*m), Line(*n), Line(*k)), half, causal, again)
+                for kind, count, flops, moved, (m, n, k), half, causal, again in ops
+            )
+            return Phase(Line(*kept), lines(peaks), lines(fresh), Line(*compiled), Line(*fused), made)
 
         sections = tuple(
-            Section(s["name"], s["repeat"], tuple(Param(**p) for p in s["params"]), phase(s["forward"]),
-                    phase(s["backward"]), line(s["inputs"]), s["copies"])
-            for s in data["sections"]
-        )  # fmt: skip
-        return cls(sections, data["precision"], data["autocast"], data["tokens"])
+            Section(name, repeat, tuple(Param(*p) for p in params), phase(forward), phase(backward), Line(*inputs), copies)
+            for name, repeat, params, forward, backward, inputs, copies in data["sections"]
+        )
+        return cls(sections, data["precision"], data["mode"], data["tokens"])

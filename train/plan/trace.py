@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from train.plan.shapes import Line, Op, Param, Phase, Section, Trace
 
@@ -44,6 +45,9 @@ SIZES = (2, 3)  # micro-batches that are run: at 1 some operators skip a copy, s
 # --------------------------------------------------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MODES = ("autocast", "weights", "policy")
+"""How 16 bits are reached: `autocast` over fp32 weights (single, ddp); the `weights` themselves (ZeRO); FSDP2's `policy`,
+which casts weights and what enters a block, and returns fp32 from it. All the same in fp32."""
 Batch = dict[str, Tensor]
 
 
@@ -54,7 +58,7 @@ def trace(
     loss: Callable[[nn.Module, Batch], Tensor],
     *,
     precision: str,
-    autocast: bool,
+    mode: str,
     tokens: int,
     device: str = "cuda",
     whole: bool = False,
@@ -62,21 +66,36 @@ def trace(
     """Run a step of two micro-batch sizes and return what it needs.
 
     build: makes the module, on the meta device. blocks: its repeated blocks in order. batch: a micro-batch of that many
-    samples (called under fake tensors). loss: scalar. autocast: compute in `precision` over the weights as built; else
-    floating weights are cast to `precision`. device: whose autocast rules hold, `cuda` or `cpu`. whole: run every block,
-    instead of three that stand for a stack of equal ones.
+    samples (called under fake tensors). loss: scalar. mode: one of `MODES`. device: whose autocast rules hold, `cuda` or
+    `cpu`. whole: run every block, instead of three that stand for a stack of equal ones. Raises ValueError for a model
+    whose operators depend on the micro-batch, or that uses a block twice.
     """
     with torch.device("meta"):
         module = build()
     repeats = {} if whole else _shorten(module, blocks(module))
-    cast = None if autocast or precision == "fp32" else DTYPES[precision]
+    half = None if precision == "fp32" else DTYPES[precision]
     runs = []
     with FakeTensorMode(), _as_if_real():
-        _place(module, cast)
+        _place(module, None if mode == "autocast" else half)
+        if mode == "policy" and half is not None:
+            for block in (*blocks(module), module):
+                block.register_forward_pre_hook(_cast_inputs(half), with_kwargs=True)
+                block.register_forward_hook(lambda _, args, out: _cast(out, torch.float32))
         for size in SIZES:
-            runs.append(_run(module, blocks(module), batch(size), loss, precision if autocast else "fp32", device))
+            runs.append(_run(module, blocks(module), batch(size), loss, precision if mode == "autocast" else "fp32", device))
     sections = [_join(a, b, repeats) for a, b in zip(*runs, strict=True)]
-    return Trace(tuple(sections), precision, autocast and precision != "fp32", tokens)
+    return Trace(tuple(sections), precision, mode, tokens)
+
+
+def _cast_inputs(dtype: torch.dtype) -> Callable[..., Any]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        return _cast(args, dtype), _cast(kwargs, dtype)
+
+    return hook
+
+
+def _cast(tree: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
 
 def _shorten(module: nn.Module, blocks: list[nn.Module]) -> dict[int, int]:
