@@ -30,11 +30,13 @@ class FSDP2(Strategy):
         device = self.procs.device
         mesh = init_device_mesh(device.type, (self.procs.world_size,))
         compute = None if self.precision == "fp32" else DTYPES[self.precision]
-        # Its default would reduce gradients in bf16; accumulation and reduction are fp32 on every engine.
-        policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
+        # Its default would reduce gradients in bf16; accumulation and reduction are fp32 on every engine. Only what leaves
+        # the model is turned into fp32: between blocks the activations stay as they are.
+        inner = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        outer = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32, output_dtype=torch.float32)
         for block in blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        fully_shard(self.module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+            fully_shard(block, mesh=mesh, mp_policy=inner)
+        fully_shard(self.module, mesh=mesh, mp_policy=outer, reshard_after_forward=False)
 
         placed: dict[int, nn.Parameter] = {}
         for owner in self.module.modules():
