@@ -45,9 +45,9 @@ SIZES = (2, 3)  # micro-batches that are run: at 1 some operators skip a copy, s
 # --------------------------------------------------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODES = ("autocast", "weights", "policy")
-"""How 16 bits are reached: `autocast` over fp32 weights (single, ddp); the `weights` themselves (ZeRO); FSDP2's `policy`,
-which casts weights and what enters a block, and returns fp32 from it. All the same in fp32."""
+MODES = ("autocast", "weights")
+"""How 16 bits are reached: `autocast` over fp32 weights (single, ddp), or `weights` and what enters the model in 16 bits
+themselves (FSDP2, ZeRO). The same in fp32."""
 Batch = dict[str, Tensor]
 
 
@@ -77,10 +77,8 @@ def trace(
     runs = []
     with FakeTensorMode(), _as_if_real():
         _place(module, None if mode == "autocast" else half)
-        if mode == "policy" and half is not None:
-            for block in (*blocks(module), module):
-                block.register_forward_pre_hook(_cast_inputs(half), with_kwargs=True)
-                block.register_forward_hook(lambda _, args, out: _cast(out, torch.float32))
+        if mode == "weights" and half is not None:
+            module.register_forward_pre_hook(_cast_inputs(half), with_kwargs=True)
         for size in SIZES:
             runs.append(_run(module, blocks(module), batch(size), loss, precision if mode == "autocast" else "fp32", device))
     sections = [_join(a, b, repeats) for a, b in zip(*runs, strict=True)]
@@ -88,14 +86,13 @@ def trace(
 
 
 def _cast_inputs(dtype: torch.dtype) -> Callable[..., Any]:
+    def cast(x: Any) -> Any:
+        return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return _cast(args, dtype), _cast(kwargs, dtype)
+        return tree_map(cast, args), tree_map(cast, kwargs)
 
     return hook
-
-
-def _cast(tree: Any, dtype: torch.dtype) -> Any:
-    return tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, tree)
 
 
 def _shorten(module: nn.Module, blocks: list[nn.Module]) -> dict[int, int]:
@@ -163,6 +160,17 @@ class _Count:
     levels: list[float] = field(default_factory=list)  # bytes alive after each operator
     levels_fresh: list[float] = field(default_factory=list)
 
+    def totals(self) -> _Count:
+        """The same with one operator per kind, and the highest level alone."""
+        ops = []
+        for kind in ("matmul", "attention", "memory"):
+            mine = [o for o in self.ops if o[0].startswith(kind)]
+            largest = max(mine, key=lambda o: o[1], default=(kind, 0.0, 0.0, (0.0, 0.0, 0.0), False, False))
+            ops.append((kind, sum(o[1] for o in mine), sum(o[2] for o in mine), *largest[3:]))
+        return dataclasses.replace(
+            self, ops=ops, last=len(ops), levels=[max(self.levels)], levels_fresh=[max(self.levels_fresh)]
+        )
+
 
 @dataclass(eq=False)
 class _Part:
@@ -216,9 +224,9 @@ def _join(a: _Part, b: _Part, repeats: Mapping[int, int]) -> Section:
         return Line(x - each * SIZES[0], each)
 
     def phase(x: _Count, y: _Count) -> Phase:
-        if [o[0] for o in x.ops] != [o[0] for o in y.ops]:
-            raise ValueError(f"the operators of {a.name} depend on the micro-batch: it cannot be planned from a trace")
         ops: dict[Op, list[int]] = {}
+        if [o[0] for o in x.ops] != [o[0] for o in y.ops]:  # such as a loss in more chunks: lines through the totals
+            x, y = x.totals(), y.totals()
         for index, ((name, f, n, s, half, causal), (_, f2, n2, s2, _, _)) in enumerate(zip(x.ops, y.ops, strict=True)):
             shape = (line(s[0], s2[0]), line(s[1], s2[1]), line(s[2], s2[2]))
             op = Op(name.partition(":")[0], 1, line(f, f2), line(n, n2), shape, half, causal)
