@@ -39,3 +39,11 @@ def _cache(config: pytest.Config) -> Path:
         code.update(file.read_bytes())
     assert config.cache is not None
     return Path(config.cache.mkdir(f"prepared-{code.hexdigest()[:12]}"))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of `tests/trained.py`, made once for all files that use a trained model."""
+    from tests import trained
+
+    return trained.make(tmp_path_factory.mktemp("trained"))

@@ -64,18 +64,21 @@ def export(
     if not re.fullmatch(r"[1-9]\d*[KMGT]B", shard_size):
         raise ExportError(f"--shard-size {shard_size}: must be a size such as 500MB or 5GB.")
     trained = open_trained(run_dir, step, overrides=overrides, full_precision=True, say=say)
-    form, probe = _form(trained, merge), _probe(trained)
+    form, probe, result = _form(trained, merge), _probe(trained), trained.run.result() or {}
+    how = config.load(trained.run.path).peft.name  # what `full_precision` hides
     as_run = _computed(trained.model, probe)
     receipt: dict[str, Any] = {
         "run": trained.run.path.name,
         "step": trained.step,
-        **{key: (trained.run.result() or {}).get(key) for key in ("math_hash", "state_hash")},
+        "math_hash": result.get("math_hash"),
+        "state_hash": result.get("state_hash") if trained.step == result.get("steps") else None,
+        "peft": how,
         "form": form,
         "merged": merge,
         "dtype": dtype,
         "compared": "logits" if probe else "sums of tensors",
     }
-    if config.load(trained.run.path).peft.name == "qlora":
+    if how == "qlora":
         quantised = open_trained(run_dir, step, overrides=overrides, say=say)
         with quantised.autocast():
             receipt["max_difference_to_4_bits"] = _difference(_computed(quantised.model, probe), as_run)
@@ -165,6 +168,8 @@ def _write(
     elif form == "peft":
         adapters = model.peft_config["default"]
         adapters.base_model_name_or_path, adapters.revision = str(trained.cfg.model.path), trained.cfg.model.revision
+        if not isinstance(adapters.target_modules, str):  # names of layers, as others write them: a set has no order
+            adapters.target_modules = sorted({name.rpartition(".")[2] for name in adapters.target_modules})
         model.save_pretrained(target, save_embedding_layers=False)
     else:
         _write_own(model, trained, target, shard_size)
@@ -245,7 +250,8 @@ def _probe(trained: Trained) -> dict[str, Tensor]:
     draw, info = torch.Generator().manual_seed(0), trained.prepared.info
     if trained.cfg.task.name == "causal_lm":
         length = min(trained.cfg.data.seq_len, _PROBE_TOKENS)
-        return {"input_ids": torch.randint(int(info["vocab_size"]), (2, length), generator=draw)}
+        ids = torch.randint(int(info["vocab_size"]), (2, length), generator=draw)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if trained.cfg.task.name in ("classify", "segment"):
         size = trained.cfg.data.image_size
         return {"image": torch.randn(2, info["channels"], size, size, generator=draw)}
@@ -355,7 +361,7 @@ from PIL import Image
 from train.export import load
 
 model, info = load("DIR"), json.load(open("DIR/config.json"))["info"]
-image = Image.open("picture.png").convert("{mode}")
+image = Image.open("picture.png").convert("{mode}"){resize}
 pixels = torch.tensor(numpy.asarray(image) / 255, dtype=torch.float32).view(image.height, image.width, -1)
 image = ((pixels - torch.tensor(info["mean"])) / torch.tensor(info["std"])).permute(2, 0, 1)[None]
 print([info["classes"][i] for i in model(image).argmax(1).unique()])""",
@@ -385,6 +391,7 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         auto=AUTO.get(cfg.task.name, "AutoModel"),
         base=repr(base or "BASE") + (f", gguf_file={cfg.model.gguf_file!r}" if cfg.model.gguf_file else ""),
         mode="L" if info.get("channels") == 1 else "RGB",
+        resize=f".resize(({cfg.data.image_size}, {cfg.data.image_size}))" if cfg.data.resize else "",
     )
     head = {"library_name": form, "base_model": base, "pipeline_tag": _PIPELINES.get(cfg.task.name)}
     lines = [
@@ -393,7 +400,7 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         "---",
         f"\n# {trained.run.path.name}\n",
         f"Experiment `{cfg.experiment}`, task `{cfg.task.name}`"
-        + (f", {cfg.peft.name} with r={cfg.peft.r}, alpha={cfg.peft.alpha:g}" if cfg.peft.name != "none" else "")
+        + (f", {receipt['peft']} with r={cfg.peft.r}, alpha={cfg.peft.alpha:g}" if cfg.peft.name != "none" else "")
         + f". Trained with Gearshift under {engine.get('strategy')} on {engine.get('world_size')} rank(s) in "
         f"{engine.get('precision')}; math hash `{receipt['math_hash']}`.\n",
         "| at this step | |",
@@ -406,10 +413,8 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         f"```python\n{usage}\n```",
     ]
     if "answer" in receipt:
-        quoted = "\n".join(
-            f"> {line}" for line in f"{receipt['answer']['prompt']}{receipt['answer']['text']}".splitlines()
-        )
-        lines += [f"\n`{receipt['answer']['prompt']}` is continued, greedily, as\n", quoted]
+        text = "\n".join(f"    {line}" for line in receipt["answer"]["text"].splitlines())
+        lines += [f"\n`{receipt['answer']['prompt']}` is answered (the likeliest words) with\n", text]
     return "\n".join(lines) + "\n"
 
 
