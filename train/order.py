@@ -29,6 +29,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: the increment of splitmix64
 _MASK64 = (1 << 64) - 1
 _MASK63 = (1 << 63) - 1
 _ROUNDS = 6  # even, so that halves of unequal width end where they began; 4 are enough to pass for random
+_AT_ONCE = 1024  # positions computed together: a few cost as much as a thousand, and steps come one after the other
 _FIRST_BLOCK, _LAST_BLOCK = 1_000, 10**9
 _SHARE_ERROR = Fraction(1, 100)  # largest relative error of a source's share that rounding to a block may make
 
@@ -81,6 +82,7 @@ class Order:
         self._sizes = np.array([max(size, 1) for size in sizes], np.int64)
         self._quotas = np.array(self.quotas, np.int64)
         self._starts = np.concatenate(([0], np.cumsum(self._quotas)))
+        self._kept: tuple[int, Samples] | None = None  # a memo: the first of some steps, and the samples of all of them
 
     def positions(self, step: int) -> range:
         """The positions of 0-based `step`."""
@@ -88,28 +90,29 @@ class Order:
 
     def ids(self, step: int) -> Samples:
         """The samples of 0-based `step`, all ranks together."""
-        return self.at(self.positions(step))
+        size, group = self.global_batch_size, max(1, _AT_ONCE // self.global_batch_size)
+        first, kept = step - step % group, self._kept
+        if kept is None or kept[0] != first:
+            self._kept = kept = first, self.at(range(first * size, (first + group) * size))
+        return kept[1][(step - first) * size : (step - first + 1) * size]
 
     def counts(self, step: int) -> list[int]:
         """How many of the samples of 0-based `step` come from each source."""
-        return np.bincount(self._uses(self.positions(step))[0], minlength=len(self.sizes)).tolist()
+        return np.bincount(self.ids(step).source, minlength=len(self.sizes)).tolist()
 
     def at(self, positions: range) -> Samples:
         """The samples at these positions."""
-        source, nth = self._uses(positions)
+        position = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
+        if len(self.sizes) == 1:
+            source, nth = np.zeros_like(position), position
+        else:
+            block, offset = np.divmod(position, self.block)
+            slot = permute(offset, self.block, _mix(self.seed, _BLOCK, block))
+            source = np.searchsorted(self._starts, slot, side="right") - 1
+            nth = block * self._quotas[source] + slot - self._starts[source]
         size = self._sizes[source]
         epoch, index = np.divmod(nth, size)
         return Samples(source, permute(index, size, _mix(self.seed, _EPOCH, source, epoch)), epoch)
-
-    def _uses(self, positions: range) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The source at each position, and how many samples of that source come before it in the run."""
-        position = np.arange(positions.start, positions.stop, positions.step, dtype=np.int64)
-        if len(self.sizes) == 1:
-            return np.zeros_like(position), position
-        block, offset = np.divmod(position, self.block)
-        slot = permute(offset, self.block, _mix(self.seed, _BLOCK, block))
-        source = np.searchsorted(self._starts, slot, side="right") - 1
-        return source, block * self._quotas[source] + slot - self._starts[source]
 
 
 def rank_slice(global_batch_size: int, rank: int, world_size: int) -> slice:

@@ -33,6 +33,7 @@ from train.order import Order, Samples, key, micro_steps, rank_slice
 Batch = dict[str, torch.Tensor]
 
 _TASKS_PER_WORKER = 4  # samples take unequal times (a large image among small ones)
+_TASK_S = 2e-3  # less work than this is not worth handing to another thread
 
 
 class Loader:
@@ -119,7 +120,9 @@ class Loader:
         for name, column in columns.items():
             tensors[name].numpy()[:] = column
 
+        begun = time.perf_counter()
         first = self._get(datasets, samples, 0)
+        cost_s = time.perf_counter() - begun
         for name, value in first.items():
             tensors[name] = self._empty((rows, *np.shape(value)), np.asarray(value).dtype)
         arrays = {name: tensors[name].numpy() for name in first}
@@ -139,8 +142,10 @@ class Loader:
         put(places[0], first)
         for name, ignored in datasets[int(samples.source[0])].ignore.items():
             arrays[name][~real] = ignored
-        share = -(-len(samples) // self._tasks)
+        share = max(-(-len(samples) // self._tasks), int(_TASK_S / max(cost_s, 1e-9)))
         tasks = [range(at, min(at + share, len(samples))) for at in range(1, len(samples), share)]
+        if len(tasks) == 1:
+            read(tasks.pop())
         batches = [
             {
                 name: tensor[i * self.micro_batch_size : (i + 1) * self.micro_batch_size]

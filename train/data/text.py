@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import json
 import lzma
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,27 +119,27 @@ class Stream:
         """`shards` are file names and their numbers of tokens. Raises DataError when a file is not as long as that."""
         self.paths = [directory / name for name, _ in shards]
         self.dtype = np.dtype(dtype)
-        self.ends = np.cumsum([0, *(tokens for _, tokens in shards)])
+        self.ends = list(accumulate((tokens for _, tokens in shards), initial=0))
         self._mapped: dict[int, np.ndarray] = {}
         for path, (_, tokens) in zip(self.paths, shards):
             if not path.is_file() or path.stat().st_size != tokens * self.dtype.itemsize:
                 raise DataError(f"{path} is damaged. Delete {directory} and prepare again.")
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return self.ends[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64; fewer where the stream ends."""
         stop = min(stop, len(self))
-        parts = []
-        shard = int(np.searchsorted(self.ends, start, side="right")) - 1
-        while start < stop:
+        tokens = np.empty(max(stop - start, 0), np.int64)
+        at, shard = 0, bisect_right(self.ends, start) - 1
+        while at < len(tokens):
             if shard not in self._mapped:
-                self._mapped[shard] = np.memmap(self.paths[shard], self.dtype, "r")
-            begin, end = int(self.ends[shard]), int(self.ends[shard + 1])
-            parts.append(self._mapped[shard][start - begin : min(stop, end) - begin])
-            start, shard = min(stop, end), shard + 1
-        return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)
+                self._mapped[shard] = np.memmap(self.paths[shard], self.dtype, "r").view(np.ndarray)
+            part = self._mapped[shard][start + at - self.ends[shard] :][: len(tokens) - at]
+            tokens[at : at + len(part)] = part
+            at, shard = at + len(part), shard + 1
+        return tokens
 
 
 class Rows:
