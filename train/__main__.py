@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from train.config import Config
 
 HELP = """\
 usage: python -m train [overrides]                                        one process
@@ -37,7 +41,7 @@ def main(argv: list[str]) -> int:
             options[name] = value or next(words, "")
         elif word in ("--accept", "--result", "--cfg", "--help", "-h", "-m", "--multirun"):
             flags.add(word)
-        elif word.startswith("--local-rank") or word.startswith("--local_rank"):
+        elif word.startswith(("--local-rank", "--local_rank")):
             continue  # some launchers add it; the environment says the same
         elif word.startswith("-"):
             return complain([f"{word} is not an option. See python -m train --help."])
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> int:
     return run(cfg, "last" if again else options.get("--step") or "last", accept="--accept" in flags)
 
 
-def run(cfg: object, step: str, *, accept: bool) -> int:
+def run(cfg: Config, step: str, *, accept: bool) -> int:
     """Train, and turn the errors that a run may end with into a line, a result and an exit code."""
     # Read by libgomp when torch loads it. Threads that spin while they wait cost nothing on an idle machine, and a factor
     # of ten where anything else runs; the command's own environment wins.
@@ -101,7 +105,7 @@ def run(cfg: object, step: str, *, accept: bool) -> int:
     os._exit(code)
 
 
-def show_if_finished(cfg: object) -> int:
+def show_if_finished(cfg: Config) -> int:
     """The result of a finished run, without torch."""
     from train import config, data, describe, rundir
 

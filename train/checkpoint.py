@@ -251,7 +251,7 @@ def _write_file(directory: Path, rank: int, header: bytes, flat: np.ndarray, tab
         free = shutil.disk_usage(directory).free
         if free < size:
             raise OSError(f"{directory}: {size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
-        data = memoryview(flat).cast("B")
+        data = flat.data.cast("B")
         descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, rundir.FILE_MODE)
         with open(descriptor, "wb", buffering=0) as file:
             file.write(header)

@@ -90,7 +90,8 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         locks.append(lock)
         if LAUNCHED not in os.environ and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
             _clear_stale_requests(run)
-        word = replace(cfg, train=replace(cfg.train, precision=identity.precision))
+        frozen: Any = identity.precision  # one of the config's words, read back from the directory
+        word = replace(cfg, train=replace(cfg.train, precision=frozen))
         identity = replace(identity, precision=precision_of(word, procs.device))
         rundir.freeze(cfg, run, identity, lock.attempt)
         _keep_data_facts(run, prepared)
@@ -162,13 +163,15 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
     trained, total = parameters
     unit = f" x {cfg.data.seq_len} tokens" if cfg.task.name == "causal_lm" else ""
     lines = [
-        f"run {run.path.name}  attempt {opened.attempt}  math {opened.hashes['math_hash'][:8]}  exec {opened.hashes['exec_hash'][:8]}",
+        f"run {run.path.name}  attempt {opened.attempt}  math {opened.hashes['math_hash'][:8]}  "
+        f"exec {opened.hashes['exec_hash'][:8]}",
         f"  model      {cfg.model.path or cfg.model.name}: {trained:,} trained of {total:,} parameters",
         f"  data       {', '.join(f'{n:,}' for n in prepared.info['train_samples'])} samples, "
         f"{prepared.info['val_samples']:,} for validation",
         f"  step       {G} samples{unit} = micro-batch {in_force['micro_batch_size']} x "
         f"{in_force['gradient_accumulation_steps']} accumulated x {in_force['world_size']} ranks",
-        f"  asked      strategy={cfg.strategy.name} offload={cfg.strategy.offload} precision={cfg.train.precision} numerics={cfg.numerics}",
+        f"  asked      strategy={cfg.strategy.name} offload={cfg.strategy.offload} precision={cfg.train.precision} "
+        f"numerics={cfg.numerics}",
         "  in force   " + " ".join(f"{k}={v}" for k, v in in_force.items() if v is not None),
         f"  duration   {total_steps:,} steps" + (f", from step {step:,}" if step else ""),
     ]

@@ -64,7 +64,7 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
         )
     prepared = Prepared("chat", directory, {"data": content, "tokenizer": found.pop("tokenizer_sha256")},
                         {**found, "tokenizer": str(directory)})  # fmt: skip
-    train, val = open(prepared, cfg)
+    train, val = _rows(prepared, cfg)
     prepared.info["train_samples"], prepared.info["val_samples"] = [len(rows) for rows in train], len(val)
     long = sum(rows.too_long for rows in [*train, val])
     if long:
@@ -78,6 +78,11 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
 
 def open(prepared: Prepared, cfg: Config) -> tuple[list[Dataset], Dataset]:
     """A dataset of packed rows per source, and that of the held-out chats. Raises DataError when one has no row."""
+    train, val = _rows(prepared, cfg)
+    return [*train], val
+
+
+def _rows(prepared: Prepared, cfg: Config) -> tuple[list[Rows], Rows]:
     content = prepared.fingerprints["data"]
     *names, held = prepared.info["streams"]
     made = [Rows(prepared.directory / name, cfg.data.seq_len, content, pack=cfg.data.pack) for name in (*names, held)]
@@ -88,7 +93,7 @@ def open(prepared: Prepared, cfg: Config) -> tuple[list[Dataset], Dataset]:
                 f"No chat is {what}: {rows.too_long:,} are longer than data.seq_len={cfg.data.seq_len}. Give more chats, "
                 "a longer data.seq_len, or data.val_path=PATH."
             )
-    return [*made[:-1]], made[-1]
+    return made[:-1], made[-1]
 
 
 def show(prepared: Prepared, cfg: Config) -> list[str]:
@@ -355,18 +360,17 @@ class Template:
         return whole, spans
 
     def _render(self, messages: Messages, *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
-        from transformers.utils.chat_template_utils import (
-            render_jinja_template,  # sandboxed: a template is foreign text
-        )
+        from transformers.utils import chat_template_utils
 
+        render: Any = chat_template_utils.render_jinja_template  # sandboxed: a template is foreign text
         try:
-            texts, marks = render_jinja_template(
+            texts, marks = render(
                 conversations=[messages], chat_template=self.source, return_assistant_tokens_mask=self.marked,
                 add_generation_prompt=prompt, **self.words,
             )  # fmt: skip
         except Exception as error:  # a template refuses what it does not know: an order of roles, say
             raise ValueError(f"the chat template refuses it: {error}") from None
-        return texts[0], [tuple(span) for span in marks[0]] if marks else []
+        return texts[0], [(start, end) for start, end in marks[0]] if marks else []
 
 
 class _Writer:
@@ -374,7 +378,7 @@ class _Writer:
 
     def __init__(self, stem: Path) -> None:
         self.documents = self.tokens = self.targets = 0
-        self._files = [Path(f"{stem}-{part}.bin").open("wb") for part in ("ids", "carry", "ends")]
+        self._files = [Path(f"{stem}-{part}.bin").open("wb") for part in ("ids", "carry", "ends")]  # noqa: SIM115
 
     def add(self, ids: np.ndarray, carry: np.ndarray) -> None:
         self.documents, self.tokens = self.documents + 1, self.tokens + len(ids)

@@ -256,7 +256,7 @@ class Strategy:
         self.cfg, self.name, self.procs, self.precision = cfg, name, procs, precision
         self.scale = float(procs.world_size)
         self.micro_batch_size = micro_batch_size(cfg, procs.world_size)
-        self.model: nn.Module
+        self.model: Any
         self.module: nn.Module
         self.optimizer: Optimizer
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -319,8 +319,8 @@ class Strategy:
 
     def take_loss(self) -> Tensor:
         """This rank's share of the step's mean loss; the shares of all ranks add up to it. No communication."""
-        share = self._loss / self.scale
-        self._loss = None
+        assert self._loss is not None, "no micro-batch since the last step"
+        share, self._loss = self._loss / self.scale, None
         return share
 
     def step(self, lr: float) -> Tensor | None:
@@ -365,7 +365,7 @@ class Strategy:
             raise NonFinite(f"gradient norm {norm}")
 
     def update_ema(self) -> None:
-        if self.ema:
+        if self.ema and self.cfg.optim.ema is not None:
             masters = {n: t for n, kind, _, t in self._masters() if kind == "master"}
             torch._foreach_lerp_(list(self.ema.values()), [masters[n] for n in self.ema], 1.0 - self.cfg.optim.ema)
 
@@ -572,7 +572,7 @@ def materialise(module: nn.Module, device: torch.device, values: Values) -> None
             if p is None:
                 continue
             if id(p) not in placed:
-                fresh = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) if p.is_meta else p
+                fresh: Any = nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) if p.is_meta else p
                 if hasattr(p, "quant_state"):
                     fresh = p.to(device)  # 4 bits, with the scales that belong to them
                 elif not p.is_meta:

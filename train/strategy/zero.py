@@ -258,7 +258,11 @@ class Zero(Strategy):
 
     def _flat(self) -> list[Tensor]:
         """The flat fp32 tensors that the inner optimizer steps."""
-        return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        if hasattr(self.zero, "fp32_groups_flat_partition"):  # stage 1 in bf16 with fp32 accumulation is another class
+            return self.zero.fp32_groups_flat_partition
+        return self.zero.single_partition_of_fp32_groups
 
     def _make_state(self) -> None:
         """The inner optimizer is lazy: before the first step its state is nowhere."""
@@ -304,8 +308,7 @@ class Zero(Strategy):
         stage = self.engine.zero_optimization_stage()
         offload = self.engine.zero_offload_optimizer()
         device = str(getattr(offload.device, "value", offload.device)) if offload is not None else "none"
-        sizes = [p.ds_tensor.numel() * p.ds_tensor.element_size() if stage == 3 else p.numel() * p.element_size()
-                 for p in self.module.parameters()]  # fmt: skip
+        held: list[Any] = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in self.module.parameters()]
         return {
             **super().in_force(),
             "world_size": self.engine.dp_world_size,
@@ -315,7 +318,7 @@ class Zero(Strategy):
             "micro_batch_size": self.engine.train_micro_batch_size_per_gpu(),
             "clip": self.engine.gradient_clipping() or None,
             "optimizer_class": f"{type(self.zero).__name__}({type(self.zero.optimizer).__name__})",
-            "local_bytes": sum(sizes),
+            "local_bytes": sum(p.numel() * p.element_size() for p in held),
         }
 
     def name_in_force(self) -> str:
