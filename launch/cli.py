@@ -106,9 +106,11 @@ def run(
     """Prepare, freeze and start a run, or go on with it; a finished run shows its result."""
     from train import config
 
-    if multirun:
-        raise config.ConfigError(["--multirun: this version has no sweeps; start each run with its own overrides."])
     _importable_from_here(plugin)
+    if multirun:
+        from launch import sweep
+
+        return sweep.run(overrides or [], plugin=plugin, config_dir=config_dir, dry_run=dry_run, wait=wait, say=say)
     cfg = config.compose(overrides or [], config_dir=config_dir, plugin=plugin)
     return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run, wait=wait)
 

@@ -35,7 +35,7 @@ SCRIPT = CHECKOUT / "slurm" / "train.sbatch"
 BODY = "# ----"
 """The first line of the script that begins so is where what is the same for every run starts."""
 FROZEN = ("train", "launch", "conf", "slurm")
-ALIVE = "PENDING CONFIGURING RUNNING SUSPENDED COMPLETING REQUEUED RESIZING STAGE_OUT STOPPED".split()
+ALIVE = ["PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED", "RESIZING", "STAGE_OUT", "STOPPED"]
 """States of a job that is not over."""
 NOTICE = "notice from Slurm"
 """How the text of a STOP begins that the batch script wrote; any other is a person's."""
@@ -45,31 +45,41 @@ FRUITLESS = 2
 """So many attempts in a row without a new checkpoint end a run."""
 
 
-class SlurmError(Exception):
+class SlurmError(rundir.RunError):
     """Slurm cannot be used as asked; the message says what it answered and what to type."""
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
 
 
-def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = sys.executable, array: str = "") -> str:
+def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = sys.executable) -> str:
     """The batch script of a run: `slurm/train.sbatch` with this config's directives, setup and arguments.
 
-    arguments: what `python -m train` gets. array: sbatch --array, for a sweep's script. Raises SlurmError for a path
-    that Slurm's directives cannot hold.
+    arguments: what `python -m train` gets. Raises SlurmError for a path that Slurm's directives cannot hold.
     """
+    log = f"{str(run.logs).replace('%', '%%')}/slurm-%j.log"
+    return _text(cfg, run.path.name, log, shlex.quote(str(run.code)), shlex.join(arguments), python)
+
+
+def render_array(cfg: Config, sweep: Path, array: str, *, python: str = sys.executable) -> str:
+    """The script of a sweep's array: task n is the run `sweep/00n` as it was frozen there. array: sbatch --array."""
+    log = f"{str(sweep).replace('%', '%%')}/%3a/logs/slurm-%A_%a.log"
+    here = f'"$(printf %s/%03d/code {shlex.quote(str(sweep))} "$SLURM_ARRAY_TASK_ID")"'
+    return _text(cfg, sweep.name, log, here, '--config "$PYTHONPATH/config.yaml"', python, array)
+
+
+def _text(cfg: Config, name: str, log: str, code: str, arguments: str, python: str, array: str | None = None) -> str:
+    """code, arguments: words that a shell may read."""
     slurm, hardware = cfg.slurm, cfg.hardware
     gpus = slurm.gpus_per_node
     if gpus is None and hardware.device != "cpu" and (hardware.device == "cuda" or hardware.gpu):
         gpus = str(hardware.devices_per_node or 1)
-    log = f"{str(run.logs).replace('%', '%%')}/slurm-{'%A_%a' if array else '%j'}.log"
     options = {
-        "job-name": re.sub(r"[^A-Za-z0-9._-]+", "-", run.path.name),
+        "job-name": re.sub(r"[^A-Za-z0-9._-]+", "-", name),
         "array": array,
         "nodes": hardware.nodes,
         "time": slurm.time,
         "signal": f"B:USR1@{slurm.signal_s}",
-        "requeue": None,
         "open-mode": "append",
         "output": log,
         "partition": slurm.partition,
@@ -80,18 +90,17 @@ def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = 
         "cpus-per-task": slurm.cpus_per_task,
         "mem": slurm.mem,
     }
-    optional = {"array", "partition", "account", "qos", "constraint", "gpus-per-node", "cpus-per-task", "mem"}
-    lines = ["#!/bin/bash"]
-    lines += [_directive(name, value) for name, value in options.items() if name not in optional or value]
+    lines = ["#!/bin/bash", "#SBATCH --requeue"]
+    lines += [_directive(option, value) for option, value in options.items() if value is not None]
     lines += [f"#SBATCH {option}" for option in slurm.extra]
     lines += ["", *slurm.setup]
     if not slurm.setup:  # a setup brings its own Python
         lines.append(f"python={shlex.quote(python)}")
     lines += [
         "# config and code as they were at submission; what a job needs was prepared then",
-        f"export PYTHONPATH={shlex.quote(str(run.code))} PYTHONSAFEPATH=1",
+        f"export PYTHONPATH={code} PYTHONSAFEPATH=1",
         "export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1",
-        f'set -- {shlex.join(arguments)} "$@"',
+        f'set -- {arguments} "$@"',
         "",
     ]
     text = SCRIPT.read_text()
@@ -100,8 +109,6 @@ def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = 
 
 def _directive(name: str, value: object) -> str:
     """`#SBATCH --name=value`, quoted as sbatch reads it, which is not quite as a shell does."""
-    if value is None:
-        return f"#SBATCH --{name}"
     text = str(value)
     if not text.isprintable() or "\\" in text:
         raise SlurmError(f"--{name}={text!r}: Slurm's directives hold neither line breaks nor backslashes.")
@@ -135,7 +142,7 @@ def freeze(cfg: Config, run: RunDir) -> list[str]:
     shutil.rmtree(run.code, ignore_errors=True)
     fresh.rename(run.code)
     once = [f"run.{key}={value}" for key in ("stop_at", "max_time") if (value := getattr(cfg.run, key)) is not None]
-    return ["--config", str(run.code / "config.yaml"), *(f"--plugin={plugin}" for plugin in PLUGINS), *once]
+    return ["--config", str(run.code / "config.yaml"), *once]
 
 
 # ----------------------------------------------------------------------------------------------------------- submission
@@ -262,20 +269,19 @@ def begin(arguments: Sequence[str]) -> list[str]:
 
     arguments: what the batch script got. Raises ConfigError, RunError, DataError.
     """
-    cfg, run = _open(arguments)
-    result = run.result() or {}
-    if result.get("status") == "finished":
+    cfg, run, words, first = _open(arguments)
+    job, restart = _job()
+    launches, now = _history(run, job), newest(run)
+    if (run.result() or {}).get("status") == "finished" and (launches or not first):
         from train.describe import show_result
 
         _say(show_result(run))
         return []
-    job, restart = _job()
     owner = rundir.holder(run)
     if owner and owner.get("job") and owner["job"] != job and not owner.get("released") and _is_over(owner["job"]):
         rundir.bury(run, owner)
     rundir.wait_until_free(run, say=_say)
 
-    launches, now = _history(run, job), newest(run)
     if launches and (stuck := _no_progress(launches, now)):
         _give_up(run, stuck)
         raise rundir.RunError(stuck)
@@ -290,37 +296,43 @@ def begin(arguments: Sequence[str]) -> list[str]:
     run.event("launch", job=job, restart=restart, nodes=nodes, processes=processes, step=now, after=run.last_attempt(),
               slurm=cfg.slurm.name, max_requeues=cfg.slurm.max_requeues)  # fmt: skip
     port = _free_port(int(re.sub(r"\D", "", job)) * 131 + restart * 17 + len(launches))
-    words = list(arguments) if not launches else _without_first_time(arguments)
-    words += [f"run.name={run.path.name}", f"hardware.nodes={nodes}", f"hardware.devices_per_node={processes}"]
+    words += [
+        *([] if launches else first),
+        f"run.name={run.path.name}",
+        f"hardware.nodes={nodes}",
+        f"hardware.devices_per_node={processes}",
+    ]
     return [str(run.path), str(processes), str(port), *words]
 
 
-def _open(arguments: Sequence[str]) -> tuple[Config, RunDir]:
-    """Config and directory of the run: frozen ones from a submission, or composed and prepared here."""
+def _open(words: Sequence[str]) -> tuple[Config, RunDir, list[str], list[str]]:
+    """Config and directory of the run, frozen ones from a submission or composed and prepared here; the arguments of
+    the ranks, and those which hold for the first launch only: from then on a run goes on from its newest checkpoint.
+    """
     options = argparse.ArgumentParser(prog="train.sbatch", allow_abbrev=False)
     for name in ("--config", "--config-dir", "--plugin", "--step"):
         options.add_argument(name)
     options.add_argument("--accept", action="store_true")
-    given, overrides = options.parse_known_args(arguments)
+    options.add_argument("--multirun", action="store_true")
+    given, overrides = options.parse_known_args(words)
+    first = (["--step", given.step] if given.step else []) + (["--accept"] if given.accept else [])
+    kept = [word for name in ("config", "config_dir", "plugin") if (value := getattr(given, name))
+            for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     plugin = given.plugin or os.environ.get("GEARSHIFT_PLUGIN")
-    if given.config:
+    if given.config:  # complete and checked at submission
         cfg = config.load(given.config, overrides)
-        if cfg.run.name:
-            return cfg, RunDir(Path(cfg.run.root) / cfg.run.name)
-    else:
-        cfg = config.compose(overrides, config_dir=given.config_dir, plugin=plugin)
+        return cfg, RunDir(Path(cfg.run.root) / str(cfg.run.name)), [*kept, *overrides], first
+    if given.multirun:
+        from launch.sweep import array_task
+
+        overrides = array_task(overrides, kept, int(os.environ["SLURM_ARRAY_TASK_ID"]))
+    cfg = config.compose(overrides, config_dir=given.config_dir, plugin=plugin)
     from train import data
 
     prepared = data.prepare(cfg, _say)
     run = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
     rundir.admit(cfg, run, prepared.fingerprints, accept=given.accept)
-    return cfg, run
-
-
-def _without_first_time(arguments: Sequence[str]) -> list[str]:
-    """Without what holds for the first launch only: from then on a run goes on from its newest checkpoint."""
-    text = "\0".join(arguments)
-    return [word for word in re.sub(r"--step(=|\0)[^\0]*|--accept", "", text).split("\0") if word]
+    return cfg, run, [*kept, *overrides], first
 
 
 def stop(run: RunDir, signal_name: str) -> None:

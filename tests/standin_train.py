@@ -37,11 +37,11 @@ def main() -> int:
     frozen = words[words.index("--config") + 1]
     cfg = config.load(frozen, [w for w in words if "=" in w and not w.startswith("-")])
     run = RunDir(Path(cfg.run.root) / cfg.run.name)
-    before = [event["after"] for event in rundir.read_jsonl(run.events) if event["kind"] == "launch"][-1]
     signalled: list[str] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, _: signalled.append(signal.Signals(n).name))
     if os.environ.get("SLURM_NODEID", "0") != "0":  # the other nodes leave when the first has
+        before = [event["after"] for event in rundir.read_jsonl(run.events) if event["kind"] == "launch"][-1]
         while (result := run.result() or {}).get("attempt", 0) <= before or result["status"] == "running":
             time.sleep(0.1)
         return 0
@@ -50,7 +50,8 @@ def main() -> int:
     run.write_result("running", lock.attempt)
     commits = sorted(run.checkpoints.glob("step-*/manifest.json"))
     step, state = (int(commits[-1].parent.name[5:]), commits[-1].read_text()) if commits else (0, "")
-    run.event("resume" if commits else "start", attempt=lock.attempt, step=step, nodes=cfg.hardware.nodes)
+    cores = sorted(os.sched_getaffinity(0))
+    run.event("resume" if commits else "start", attempt=lock.attempt, step=step, nodes=cfg.hardware.nodes, cores=cores)
 
     def save() -> None:
         time.sleep(plan.get("save_s", 0))
@@ -69,7 +70,7 @@ def main() -> int:
         rundir.append_line(run.ledger, {"step": step, "attempt": lock.attempt, "state": state})
         if step == plan.get("die_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == plan.get("fail_at"):
+        if step == plan.get("fail_at") and cfg.seed == plan.get("fail_seed", cfg.seed):
             run.write_result("failed", lock.attempt, reason=plan["fail_reason"])
             lock.release()
             return 1
@@ -85,7 +86,9 @@ def main() -> int:
             save()
         time.sleep(plan["step_s"])
     save()
-    run.write_result("finished", lock.attempt, steps=step, state_hash=state)
+    run.event("end", attempt=lock.attempt, step=step)
+    measured = {"metric": "eval_loss", "objective": 1 / (1 + cfg.seed)}
+    run.write_result("finished", lock.attempt, steps=step, state_hash=state, **measured)
     lock.release()
     return 0
 
