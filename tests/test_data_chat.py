@@ -14,15 +14,18 @@ from train import config, data
 from train.data import chat
 
 QUESTION, ANSWER = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "Four."}
-UNMARKED = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+UNMARKED = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 REWRITING = "{{ messages|length }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
 
 
 def prepared(tmp_path: Path, rows: list, *overrides: str) -> tuple[data.Prepared, config.Config]:
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cfg = config.compose([
-        "experiment=lm_stdlib", "data=chat", f"data.path={tmp_path}/chats.jsonl", f"data.cache_dir={tmp_path}/cache", "data.tokenizer=bytes",
-        "data.glob=null", "data.seq_len=256", "data.val_fraction=0.3", *overrides,
+        "experiment=lm_stdlib", "data=chat", f"data.path={tmp_path}/chats.jsonl", f"data.cache_dir={tmp_path}/cache",
+        "data.tokenizer=bytes", "data.glob=null", "data.seq_len=256", "data.val_fraction=0.3", *overrides,
     ])  # fmt: skip
     return data.prepare(cfg, lambda _: None), cfg
 

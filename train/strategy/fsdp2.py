@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.strategy import DTYPES, Strategy, Values
+from train.strategy import DTYPES, Strategy, Values, local
 
 
 class FSDP2(Strategy):
@@ -67,6 +67,7 @@ class FSDP2(Strategy):
         return (offset[0] * row if p.ndim else 0), p.to_local()
 
     def _swap_ema(self, masters: dict[str, Tensor]) -> None:
+        assert isinstance(self.module, FSDPModule)
         self.module.reshard()  # a forward without a backward (an evaluation) leaves the outermost parameters gathered
         super()._swap_ema(masters)
 
@@ -76,7 +77,7 @@ class FSDP2(Strategy):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def in_force(self) -> dict[str, Any]:
-        held = sum(p.to_local().numel() * p.to_local().element_size() for p in self.module.parameters())
+        held = sum(t.numel() * t.element_size() for t in map(local, self.module.parameters()))
         whole = sum(p.numel() * p.element_size() for p in self.module.parameters())
         return {**super().in_force(), "local_bytes": held, "unsharded_bytes": whole, "reduce_dtype": "float32"}
 
