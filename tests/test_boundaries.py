@@ -6,9 +6,11 @@ Each rule is a function of a module's source, so each has a negative control: a 
 from __future__ import annotations
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from collections.abc import Iterator
 from importlib import metadata
@@ -24,7 +26,7 @@ MODULES = {
 }
 SOURCES = {name: file.read_text() for name, file in MODULES.items()}
 
-LINES = 9_000
+CODE_LINES = 12_000  # of code: without blank lines, comments and docstrings
 MAIN_LINES = 200
 
 ARROWS = {
@@ -263,9 +265,22 @@ cli.main()
 
 
 def test_the_script_is_a_page_and_the_tree_within_its_budget() -> None:
-    lines = {name: source.count("\n") for name, source in SOURCES.items()}
-    assert lines["train.main"] <= MAIN_LINES
-    assert sum(lines.values()) < LINES
+    assert SOURCES["train.main"].count("\n") <= MAIN_LINES
+    assert sum(_code_lines(source) for source in SOURCES.values()) < CODE_LINES
+
+
+def _code_lines(source: str) -> int:
+    """Lines that hold code: a budget that counted prose would be met by deleting the prose."""
+    silent = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    spoken = {
+        line
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    code = {line for t in tokens if t.type not in silent for line in range(t.start[0], t.end[0] + 1)}
+    return len(code - spoken)
 
 
 def test_every_module_says_what_it_owns() -> None:

@@ -167,6 +167,8 @@ class Zero(Strategy):
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
         optimizer = make_optimizer(self.trainable())
         self.engine, _ = self.accelerator.prepare(self.module, optimizer)
+        if type(self.engine).__name__ != "DeepSpeedEngine":
+            raise Mismatch(f"strategy: asked {self.name}, got {type(self.engine).__name__}: Accelerate ignored DeepSpeed")
         self.model, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero
         if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
