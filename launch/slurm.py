@@ -466,7 +466,7 @@ def _no_progress(launches: list[Launch], now: int) -> str | None:
 def _give_up(run: RunDir, reason: str) -> None:
     """Write down the end of a run whose ranks could not do so themselves."""
     result = run.result() or {}
-    if result.get("status") in ("finished", "stopped"):
+    if result.get("status") in ("finished", "stopped") or result.get("reason") == reason:
         return
     kept = {key: value for key, value in result.items() if key not in ("status", "attempt", "reason", "name")}
     if result.get("status") == "failed" and result.get("reason"):
@@ -535,7 +535,7 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(words)
     run = RunDir(given.run)
     verdict = settle(run, code=given.code, heard=set(given.heard.split()), facts=parse(given.job), lost=given.lost)
-    _say(f"gearshift: {verdict.reason}; {'this run ends' if verdict.action == 'end' else verdict.action}")
+    _say(f"gearshift: {verdict.reason.rstrip('.')}; {'this job ends' if verdict.action == 'end' else verdict.action}")
     if verdict.action == "end" and verdict.cause not in ("finished", "superseded", "ended by Slurm", "unreachable"):
         _say(f"To go on: gearshift resume {shlex.quote(str(run.path))}")
     print(verdict.action)

@@ -34,8 +34,11 @@ def final_state(steps: int) -> str:
 def main() -> int:
     plan = {"steps": 60, "step_s": 0.1, "every": 10, **json.loads(Path(sys.argv[1]).read_text())}
     words = sys.argv[2:]
-    frozen = words[words.index("--config") + 1]
-    cfg = config.load(frozen, [w for w in words if "=" in w and not w.startswith("-")])
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if "--config" in words:
+        cfg = config.load(words[words.index("--config") + 1], overrides)
+    else:
+        cfg = config.compose(overrides)
     run = RunDir(Path(cfg.run.root) / cfg.run.name)
     signalled: list[str] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -66,7 +66,7 @@ class Lab:
     def ends(self) -> dict[str, int]:
         """How often each job was trained to its end."""
         return {
-            path.parent.name: sum(event["kind"] == "end" for event in rundir.read_jsonl(path))
+            path.parent.name: sum(event["kind"] == "end" and "step" in event for event in rundir.read_jsonl(path))
             for path in self.root.glob("*/*/events.jsonl")
         }
 
