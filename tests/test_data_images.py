@@ -16,7 +16,7 @@ from PIL import Image
 from train import data
 from train.config import Config, DataConfig, SourceConfig
 from train.data import DataError, digits, images, pictures, views
-from train.data.views import Tiles, spans, training_view, uniforms
+from train.data.views import Frame, Tiles, spans, training_view, uniforms
 
 
 def _cfg(tmp_path: Path, path: Path | None = None, task: str = "segment", **settings: Any) -> Config:
@@ -210,6 +210,9 @@ def test_every_mode_reads_to_the_same_picture(tmp_path: Path) -> None:
 # ---- Views -----------------------------------------------------------------------------------------------------------
 
 
+FRAME = Frame(32, [0.0], [1.0], -1)
+
+
 class _One:
     """One picture, whose pixels say where they are."""
 
@@ -240,7 +243,7 @@ def test_spans_tile_any_length_and_keep_their_halo(length: int, size: int, halo:
 @pytest.mark.parametrize("shape", [(20, 33), (64, 64), (97, 41), (32, 32)])
 def test_tiles_hold_each_pixel_once(shape: tuple[int, int]) -> None:
     one = _One(*shape)
-    tiles = Tiles(one, size=32, mean=[0.0], std=[1.0], ignore_index=-1, fingerprint="")
+    tiles = Tiles(one, FRAME, 4, "")
     image, mask = np.full(shape, np.nan), np.full(shape, -1)
     valid = 0
     for index in range(len(tiles)):
@@ -259,7 +262,7 @@ def test_a_view_is_a_function_of_its_key_and_its_mask_follows() -> None:
     names = ["flip", "crop", "scale", "shift"]
 
     def view(*key: int) -> tuple[np.ndarray, np.ndarray]:
-        image, mask = training_view(one.picture, one.mask, 32, names, key=key, ignore_index=-1)  # type: ignore[arg-type]
+        image, mask = training_view(one.picture, one.mask, FRAME, names, key=key)  # type: ignore[arg-type]
         assert mask is not None
         return image[0], mask
 
@@ -281,10 +284,10 @@ def _apart(image: np.ndarray, mask: np.ndarray) -> float:
 
 def test_one_more_augmentation_moves_none_of_the_others() -> None:
     one = _One(50, 70)
-    plain = training_view(one.picture, None, 32, ["crop"], key=(0, 0, 5), ignore_index=0)[0]
-    flipped = training_view(one.picture, None, 32, ["crop", "flip"], key=(0, 0, 5), ignore_index=0)[0]
+    plain = training_view(one.picture, None, FRAME, ["crop"], key=(0, 0, 5))[0]
+    flipped = training_view(one.picture, None, FRAME, ["crop", "flip"], key=(0, 0, 5))[0]
     assert np.array_equal(plain, flipped) or np.array_equal(plain, flipped[..., ::-1])
-    coloured = training_view(one.picture, None, 32, ["crop", "color"], key=(0, 0, 5), ignore_index=0)[0]
+    coloured = training_view(one.picture, None, FRAME, ["crop", "color"], key=(0, 0, 5))[0]
     assert np.corrcoef(plain.ravel(), coloured.ravel())[0, 1] > 0.99
     assert not np.array_equal(plain, coloured)
 

@@ -77,15 +77,6 @@ def test_the_unet_takes_any_size(height: int, width: int) -> None:
     assert model(torch.zeros(1, 3, height, width)).shape == (1, 5, height, width)
 
 
-def test_patches_and_heads_must_divide() -> None:
-    with pytest.raises(models.ModelError, match=r"data.image_size=16 .*model.patch_size=5.*data.image_size=15"):
-        models.build(_cfg("vit", "classify", patch_size=5), INFO)
-    with pytest.raises(models.ModelError, match=r"model.num_heads=3"):
-        models.build(_cfg("vit", "classify", num_heads=3), INFO)
-    with pytest.raises(models.ModelError, match="at least 1"):
-        models.build(_cfg("unet", "segment", num_layers=0), INFO)
-
-
 def test_positions_of_neighbours_are_alike() -> None:
     table = vision._sincos(8, 32)[0]
     near, far = (torch.dist(table[0], table[index]) for index in (1, 60))

@@ -31,7 +31,7 @@ CANVAS = 64
 TRAIN_SCENES, VAL_SCENES = 2000, 200
 
 _RECIPE = 1  # of what `_draw` makes; a new one makes the cache draw again
-_CLUTTER, _MOST_DIGITS = 10, 5
+_CLUTTER, _MOST_DIGITS = 10, 8
 
 
 def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
@@ -114,8 +114,8 @@ def scene(number: int, digits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarr
         canvas[y : y + height, x : x + width] = [0.15 + 0.6 * next(draw) for _ in range(3)]
     mask = np.zeros((CANVAS, CANVAS), np.uint8)
     taken = np.zeros((CANVAS, CANVAS), bool)
-    for _ in range(2 + int(next(draw) * (_MOST_DIGITS - 1))):
-        which, side = int(next(draw) * len(digits)), 18 + int(next(draw) * 13)
+    for _ in range(3 + int(next(draw) * (_MOST_DIGITS - 2))):
+        which, side = int(next(draw) * len(digits)), 16 + int(next(draw) * 11)
         colour = np.asarray([0.5 + 0.5 * next(draw) for _ in range(3)])
         spots = [(int(next(draw) * (CANVAS - side)), int(next(draw) * (CANVAS - side))) for _ in range(12)]
         free = [(y, x) for y, x in spots if not taken[y : y + side, x : x + side].any()]

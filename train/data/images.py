@@ -31,7 +31,7 @@ from PIL import Image
 
 from train.data import DataError, Prepared, cache, hub
 from train.data.pictures import Entry, Files, Row, look
-from train.data.views import AUGMENTATIONS, Crops, Pictures, Tiles, overlay
+from train.data.views import AUGMENTATIONS, Crops, Frame, Pictures, Tiles, overlay
 
 if TYPE_CHECKING:
     from train.config import Config, DataConfig
@@ -136,28 +136,17 @@ def crops(pictures: Pictures, cfg: Config, info: Mapping[str, Any], content: str
     unknown = [name for name in cfg.data.augment if name not in AUGMENTATIONS]
     if unknown:
         raise DataError(f"data.augment has {', '.join(unknown)}. Known: {', '.join(AUGMENTATIONS)}.")
-    return Crops(
-        pictures,
-        size=cfg.data.image_size,
-        mean=info["mean"],
-        std=info["std"],
-        augment=cfg.data.augment,
-        ignore_index=cfg.data.ignore_index,
-        fingerprint=content,
-    )
+    return Crops(pictures, _frame(cfg, info), cfg.data.augment, content)
 
 
 def tiles(pictures: Pictures, cfg: Config, info: Mapping[str, Any], content: str) -> Tiles:
     """The evaluation set over `pictures`. A mask's tiles overlap: no pixel is judged without its surroundings."""
-    return Tiles(
-        pictures,
-        size=cfg.data.image_size,
-        mean=info["mean"],
-        std=info["std"],
-        ignore_index=cfg.data.ignore_index,
-        fingerprint=content,
-        halo=None if cfg.task.name == "segment" else 0,
-    )
+    halo = cfg.data.image_size // 8 if cfg.task.name == "segment" else 0
+    return Tiles(pictures, _frame(cfg, info), halo, content)
+
+
+def _frame(cfg: Config, info: Mapping[str, Any]) -> Frame:
+    return Frame(cfg.data.image_size, info["mean"], info["std"], cfg.data.ignore_index)
 
 
 def normalisation(cfg: Config, mean: Sequence[float], square: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -196,14 +185,14 @@ def show_crops(train_set: Crops, prepared: Prepared, cfg: Config) -> list[str]:
     directory = prepared.directory.with_name(f"{prepared.directory.name}-shown")
     for index in range(min(3, len(train_set))):
         sample = train_set.get(index, 0, cfg.seed)
-        pixels = np.clip(sample["image"] * train_set.std[:, None, None] + train_set.mean[:, None, None], 0, 1)
-        mask = sample.get("mask", np.zeros(pixels.shape[1:], np.int64))
-        text = f"{train_set.pictures.names[index]}: image {'x'.join(map(str, pixels.shape))}"
+        pixels = np.clip(sample["image"].transpose(1, 2, 0) * train_set.frame.std + train_set.frame.mean, 0, 1)
+        mask = sample.get("mask", np.zeros(pixels.shape[:2], np.int64))
+        text = f"{train_set.pictures.names[index]}: image {'x'.join(map(str, sample['image'].shape))}"
         if "label" in sample:
             text += f", class {int(sample['label'])} ({info['classes'][int(sample['label'])]})"
         else:
             text += f", mask {_shares(_histogram(mask))}"
-        drawn = Image.fromarray(overlay(pixels.transpose(1, 2, 0), mask, info["num_classes"]))
+        drawn = Image.fromarray(overlay(pixels, mask, info["num_classes"]))
         zoom = max(1, 256 // cfg.data.image_size)
         try:
             directory.mkdir(parents=True, exist_ok=True)

@@ -14,14 +14,13 @@ loss.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 
 AUGMENTATIONS = ("flip", "crop", "scale", "color", "shift")
-HALO_FRACTION = 8
-"""Neighbouring tiles of a mask overlap by 2/8 of their side; each pixel is taken from the one it lies deeper in."""
 
 _SCALE = 1.25
 _SHIFT = 1 / 8
@@ -45,23 +44,32 @@ class Pictures(Protocol):
         ...
 
 
-class Crops:
-    """Training samples: from each picture one square of `size` pixels, augmented."""
+@dataclass(frozen=True)
+class Frame:
+    """How a square becomes a sample."""
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        augment: Sequence[str],
-        ignore_index: int,
-        fingerprint: str,
-    ) -> None:
-        self.pictures, self.size, self.augment, self.fingerprint = pictures, size, tuple(augment), fingerprint
-        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self.ignore_index, self.ignore = ignore_index, {"mask": ignore_index} if pictures.masked else {}
+    size: int
+    mean: Sequence[float]
+    """Per channel, of pixels in [0, 1]: subtracted."""
+    std: Sequence[float]
+    """Divided by."""
+    ignore_index: int
+
+    def sample(self, image: np.ndarray, target: np.ndarray | int | None) -> dict[str, np.ndarray]:
+        """Of an image [C, size, size] in [0, 1] and its mask, class or neither."""
+        mean, std = (np.asarray(value, np.float32)[:, None, None] for value in (self.mean, self.std))
+        sample = {"image": np.ascontiguousarray((image - mean) / std, np.float32)}
+        if target is not None:
+            sample["mask" if isinstance(target, np.ndarray) else "label"] = np.asarray(target, np.int64)
+        return sample
+
+
+class Crops:
+    """Training samples: from each picture one square, augmented."""
+
+    def __init__(self, pictures: Pictures, frame: Frame, augment: Sequence[str], fingerprint: str) -> None:
+        self.pictures, self.frame, self.augment, self.fingerprint = pictures, frame, tuple(augment), fingerprint
+        self.ignore = {"mask": frame.ignore_index} if pictures.masked else {}
 
     def __len__(self) -> int:
         return len(self.pictures.sizes)
@@ -69,93 +77,66 @@ class Crops:
     def get(self, index: int, epoch: int, seed: int) -> dict[str, np.ndarray]:
         picture, target = self.pictures.load(index)
         mask = target if isinstance(target, np.ndarray) else None
-        image, mask = training_view(
-            picture, mask, self.size, self.augment, key=(seed, epoch, index), ignore_index=self.ignore_index
-        )
-        sample = {"image": normalise(image, self.mean, self.std)}
-        if mask is not None:
-            sample["mask"] = mask
-        elif target is not None:
-            sample["label"] = np.asarray(target, np.int64)
-        return sample
+        image, mask = training_view(picture, mask, self.frame, self.augment, key=(seed, epoch, index))
+        return self.frame.sample(image, target if mask is None else mask)
 
 
 class Tiles:
-    """Evaluation samples: every picture whole, as squares of `size` pixels, each pixel of a mask in one of them.
+    """Evaluation samples: every picture whole, as squares, each pixel of a mask in one of them.
 
     Samples also hold `picture` (int64), the picture that the tile is a part of.
     """
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        *,
-        size: int,
-        mean: Sequence[float],
-        std: Sequence[float],
-        ignore_index: int,
-        fingerprint: str,
-        halo: int | None = None,
-    ) -> None:
-        self.pictures, self.size, self.fingerprint = pictures, size, fingerprint
-        self.mean, self.std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-        self.ignore_index, self.ignore = ignore_index, {"mask": ignore_index} if pictures.masked else {}
-        self.halo = size // HALO_FRACTION if halo is None else halo
-        sizes = np.asarray(pictures.sizes, np.int64).reshape(-1, 2)
-        counts = _num_spans(sizes, size, self.halo)
+    def __init__(self, pictures: Pictures, frame: Frame, halo: int, fingerprint: str) -> None:
+        """Neighbours overlap by two halos, in pixels."""
+        self.pictures, self.frame, self.halo, self.fingerprint = pictures, frame, halo, fingerprint
+        self.ignore = {"mask": frame.ignore_index} if pictures.masked else {}
+        counts = _num_spans(pictures.sizes, frame.size, halo)
         self._columns = counts[:, 1]
-        self._ends = np.cumsum(counts.prod(axis=1))
+        self._ends = np.concatenate([[0], np.cumsum(counts.prod(axis=1))])
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self._ends[-1])
 
     def first(self, num_pictures: int) -> int:
         """Number of tiles of the first `num_pictures` pictures; they are the first tiles."""
-        return int(self._ends[min(num_pictures, len(self._ends)) - 1]) if num_pictures and len(self._ends) else 0
+        return int(self._ends[num_pictures])
 
     def place(self, index: int) -> tuple[int, slice, slice, slice, slice]:
         """Tile `index`: its picture; the rows and columns of the picture it answers for; the same inside the tile."""
-        picture = int(np.searchsorted(self._ends, index, side="right"))
+        picture = int(np.searchsorted(self._ends, index, side="right")) - 1
         row, column = divmod(index - self.first(picture), int(self._columns[picture]))
-        height, width = (int(n) for n in self.pictures.sizes[picture])
-        top, rows = spans(height, self.size, self.halo)[row]
-        left, columns = spans(width, self.size, self.halo)[column]
+        height, width = self.pictures.sizes[picture].tolist()
+        top, rows = spans(height, self.frame.size, self.halo)[row]
+        left, columns = spans(width, self.frame.size, self.halo)[column]
         inside = (slice(rows.start - top, rows.stop - top), slice(columns.start - left, columns.stop - left))
         return picture, rows, columns, *inside
 
     def get(self, index: int, epoch: int = 0, seed: int = 0) -> dict[str, np.ndarray]:
         picture, rows, columns, inside_rows, inside_columns = self.place(index)
         pixels, target = self.pictures.load(picture)
-        y = np.clip(np.arange(self.size) + rows.start - inside_rows.start, 0, pixels.shape[0] - 1)
-        x = np.clip(np.arange(self.size) + columns.start - inside_columns.start, 0, pixels.shape[1] - 1)
-        image = unit(pixels[y[:, None], x[None, :]]).transpose(2, 0, 1)
-        sample = {"image": normalise(image, self.mean, self.std), "picture": np.asarray(picture, np.int64)}
+        size = self.frame.size
+        y = np.clip(np.arange(size) + rows.start - inside_rows.start, 0, pixels.shape[0] - 1)
+        x = np.clip(np.arange(size) + columns.start - inside_columns.start, 0, pixels.shape[1] - 1)
         if isinstance(target, np.ndarray):
-            mask = np.full((self.size, self.size), self.ignore_index, np.int64)
+            mask = np.full((size, size), self.frame.ignore_index, np.int64)
             mask[inside_rows, inside_columns] = target[rows, columns]
-            sample["mask"] = mask
-        elif target is not None:
-            sample["label"] = np.asarray(target, np.int64)
-        return sample
+            target = mask
+        image = unit(pixels[y[:, None], x[None, :]]).transpose(2, 0, 1)
+        return {**self.frame.sample(image, target), "picture": np.asarray(picture, np.int64)}
 
 
 def training_view(
-    picture: np.ndarray,
-    mask: np.ndarray | None,
-    size: int,
-    augment: Sequence[str],
-    *,
-    key: tuple[int, int, int],
-    ignore_index: int,
+    picture: np.ndarray, mask: np.ndarray | None, frame: Frame, augment: Sequence[str], *, key: tuple[int, int, int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """A square of `size` pixels out of `picture`: float32 [C, size, size] in [0, 1], and the mask's int64 [size, size].
+    """A square out of `picture`: float32 [C, size, size] in [0, 1], and the same of its mask, int64 [size, size].
 
     Without augmentation it is the centre. `crop` moves it anywhere inside, `shift` by up to an eighth of its side,
     `scale` zooms by up to 1.25, `flip` mirrors left and right, `color` changes brightness, contrast and the balance of
     channels. The mask follows (nearest pixel). Every draw is made whatever is asked for, so that asking for one more
     changes none of the others.
     """
-    draw = iter(uniforms(key, _DRAWS))
+    size, draw = frame.size, iter(uniforms(key, _DRAWS))
     zoom, flip = _SCALE ** (2 * next(draw) - 1), next(draw) < 0.5
     side = size / zoom if "scale" in augment else float(size)
     axes = []
@@ -176,7 +157,7 @@ def training_view(
     rows, columns = np.floor(y + 0.5).astype(np.int64), np.floor(x + 0.5).astype(np.int64)
     inside = ((rows >= 0) & (rows < mask.shape[0]))[:, None] & ((columns >= 0) & (columns < mask.shape[1]))[None, :]
     nearest = mask[np.clip(rows, 0, mask.shape[0] - 1)[:, None], np.clip(columns, 0, mask.shape[1] - 1)[None, :]]
-    return image, np.where(inside, nearest, ignore_index).astype(np.int64)
+    return image, np.where(inside, nearest, frame.ignore_index).astype(np.int64)
 
 
 def uniforms(key: tuple[int, int, int], count: int) -> np.ndarray:
@@ -204,11 +185,6 @@ def unit(pixels: np.ndarray) -> np.ndarray:
     if pixels.dtype.kind == "f":
         return pixels.astype(np.float32, copy=False)
     return pixels.astype(np.float32) * np.float32(1 / np.iinfo(pixels.dtype).max)
-
-
-def normalise(image: np.ndarray, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """Subtract `mean` and divide by `std`, per channel: float32 [C, H, W]."""
-    return np.ascontiguousarray((image - mean[:, None, None]) / std[:, None, None], np.float32)
 
 
 def spans(length: int, size: int, halo: int) -> list[tuple[int, slice]]:

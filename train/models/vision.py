@@ -21,49 +21,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train.models import KeyedDropout, ModelError
+from train.models import KeyedDropout
 
 if TYPE_CHECKING:
-    from train.config import Config
+    from train.config import Config, ModelConfig
 
 
 def unet(cfg: Config, info: Mapping[str, Any]) -> UNet:
     """U-Net of `model.num_layers` resolutions: `model.channels` in the first, over patches of `model.patch_size` pixels,
     doubling up to eight times that."""
-    m = cfg.model
-    widths = _widths(m.channels, m.num_layers)
-    return UNet(info["channels"], info["num_classes"], widths, m.patch_size, m.dropout, m.norm_eps)
+    return UNet(cfg.model, info["channels"], info["num_classes"])
 
 
 def convnet(cfg: Config, info: Mapping[str, Any]) -> ConvNet:
     """ConvNeXt-like: patches of `model.patch_size`, then `model.num_layers` stages, `model.channels` and doubling."""
-    m = cfg.model
-    widths = _widths(m.channels, m.num_layers)
-    return ConvNet(info["channels"], info["num_classes"], widths, m.patch_size, m.dropout, m.norm_eps)
+    return ConvNet(cfg.model, info["channels"], info["num_classes"])
 
 
 def vit(cfg: Config, info: Mapping[str, Any]) -> ViT:
-    """Vision transformer over squares of `data.image_size`. Raises ModelError where patches or heads do not divide."""
-    m, size = cfg.model, cfg.data.image_size
-    if size % m.patch_size:
-        raise ModelError(
-            f"data.image_size={size} is not a multiple of model.patch_size={m.patch_size}. "
-            f"Set data.image_size={max(1, size // m.patch_size) * m.patch_size}, or a model.patch_size that divides it."
-        )
-    if m.hidden_size % m.num_heads:
-        raise ModelError(f"model.hidden_size={m.hidden_size} is not a multiple of model.num_heads={m.num_heads}.")
-    return ViT(
-        info["channels"],
-        info["num_classes"],
-        grid=size // m.patch_size,
-        patch=m.patch_size,
-        width=m.hidden_size,
-        hidden=m.intermediate_size or 4 * m.hidden_size,
-        layers=m.num_layers,
-        heads=m.num_heads,
-        dropout=m.dropout,
-        eps=m.norm_eps,
-    )
+    """Vision transformer over squares of `data.image_size`, in patches of `model.patch_size`."""
+    return ViT(cfg.model, info["channels"], info["num_classes"], grid=cfg.data.image_size // cfg.model.patch_size)
 
 
 def stand_alone(model: nn.Module) -> nn.Module:
@@ -95,20 +72,18 @@ class UNet(nn.Module):
     """Down through `widths`, back up with skips; a patch's features say the class of each of its pixels. Takes any
     height and width: odd ones are rounded up on the way down."""
 
-    def __init__(
-        self, channels: int, num_classes: int, widths: list[int], patch: int, dropout: float, eps: float
-    ) -> None:
+    def __init__(self, m: ModelConfig, channels: int, num_classes: int) -> None:
         super().__init__()
+        widths, eps, self.patch = _widths(m), m.norm_eps, m.patch_size
         pairs = list(pairwise(widths))
-        self.patch = patch
-        self.stem = nn.Conv2d(channels, widths[0], patch + 2, stride=patch, padding=1)
+        self.stem = nn.Conv2d(channels, widths[0], self.patch + 2, stride=self.patch, padding=1)
         self.down = nn.ModuleList(Residual(a, a, eps=eps) for a in widths[:-1])
         self.shrink = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
-        self.middle = nn.ModuleList([Residual(widths[-1], widths[-1], dropout, eps)])
+        self.middle = nn.ModuleList([Residual(widths[-1], widths[-1], m.dropout, eps)])
         self.grow = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.up = nn.ModuleList(Residual(2 * a, a, eps=eps) for a, _ in reversed(pairs))
         self.norm = _group_norm(widths[0], eps)
-        self.head = nn.Conv2d(widths[0], num_classes * patch**2, 1)
+        self.head = nn.Conv2d(widths[0], num_classes * self.patch**2, 1)
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
@@ -150,19 +125,18 @@ class Residual(nn.Module):
 class ConvNet(nn.Module):
     """Patches, stages of depthwise blocks with halving in between, mean over pixels, linear."""
 
-    def __init__(
-        self, channels: int, num_classes: int, widths: list[int], patch: int, dropout: float, eps: float
-    ) -> None:
+    def __init__(self, m: ModelConfig, channels: int, num_classes: int) -> None:
         super().__init__()
-        self.stem = nn.Conv2d(channels, widths[0], patch + 2, stride=patch, padding=1)
+        widths = _widths(m)
+        self.stem = nn.Conv2d(channels, widths[0], m.patch_size + 2, stride=m.patch_size, padding=1)
         self.stages = nn.ModuleList(
             nn.Sequential(
                 *([nn.Conv2d(widths[i - 1], width, 3, stride=2, padding=1)] if i else []),
-                *(Mixer(width, dropout, eps) for _ in range(2)),
+                *(Mixer(width, m.dropout, m.norm_eps) for _ in range(2)),
             )
             for i, width in enumerate(widths)
         )
-        self.norm = nn.LayerNorm(widths[-1], eps)
+        self.norm = nn.LayerNorm(widths[-1], m.norm_eps)
         self.head = nn.Linear(widths[-1], num_classes)
 
     def forward(self, image: Tensor) -> Tensor:
@@ -193,28 +167,15 @@ class Mixer(nn.Module):
 class ViT(nn.Module):
     """Patches of a `grid` x `grid` square with learned positions, pre-norm blocks, mean over patches, linear."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_classes: int,
-        *,
-        grid: int,
-        patch: int,
-        width: int,
-        hidden: int,
-        layers: int,
-        heads: int,
-        dropout: float,
-        eps: float,
-    ) -> None:
+    def __init__(self, m: ModelConfig, channels: int, num_classes: int, *, grid: int) -> None:
         super().__init__()
         self.grid = grid
-        self.embed = nn.Conv2d(channels, width, patch, stride=patch)
-        self.positions = nn.Parameter(torch.empty(1, grid * grid, width))
-        self.dropout = KeyedDropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, hidden, heads, dropout, eps) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps)
-        self.head = nn.Linear(width, num_classes)
+        self.embed = nn.Conv2d(channels, m.hidden_size, m.patch_size, stride=m.patch_size)
+        self.positions = nn.Parameter(torch.empty(1, grid * grid, m.hidden_size))
+        self.dropout = KeyedDropout(m.dropout)
+        self.blocks = nn.ModuleList(Block(m) for _ in range(m.num_layers))
+        self.norm = nn.LayerNorm(m.hidden_size, m.norm_eps)
+        self.head = nn.Linear(m.hidden_size, num_classes)
 
     def initial(self, name: str, generator: torch.Generator) -> Tensor | None:
         """Positions start from sines and cosines of row and column: neighbours are alike from the first step."""
@@ -230,13 +191,14 @@ class ViT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each after LayerNorm and with dropout before it joins the residual stream."""
 
-    def __init__(self, width: int, hidden: int, heads: int, dropout: float, eps: float) -> None:
+    def __init__(self, m: ModelConfig) -> None:
         super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
+        width, hidden = m.hidden_size, m.intermediate_size or 4 * m.hidden_size
+        self.heads = m.num_heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, m.norm_eps), nn.LayerNorm(width, m.norm_eps)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.grow, self.project = nn.Linear(width, hidden), nn.Linear(hidden, width)
-        self.dropout1, self.dropout2 = KeyedDropout(dropout), KeyedDropout(dropout)
+        self.dropout1, self.dropout2 = KeyedDropout(m.dropout), KeyedDropout(m.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, length, width = x.shape
@@ -259,10 +221,10 @@ def _sincos(grid: int, width: int) -> Tensor:
 
 
 def _group_norm(channels: int, eps: float) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(channels, 8), channels, eps)
+    """Groups of 16 channels or more: in a smaller one, a feature that is nowhere is blown up to noise."""
+    return nn.GroupNorm(math.gcd(channels, max(1, channels // 16)), channels, eps)
 
 
-def _widths(first: int, count: int) -> list[int]:
-    if count < 1:
-        raise ModelError(f"model.num_layers={count}: give at least 1.")
-    return [first * min(2**i, 8) for i in range(count)]
+def _widths(m: ModelConfig) -> list[int]:
+    """Channels of each stage."""
+    return [m.channels * min(2**stage, 8) for stage in range(m.num_layers)]
