@@ -67,7 +67,11 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # 4 bits; an 8-bit scale per 64; an f
 NF4_SINGLE_BYTES = 0.5 + 4 / 64  # without double quantisation
 BLOCK_8BIT = 256  # numbers that share an fp32 scale in 8-bit AdamW
 
+PROCESS_BYTES = 4.0 * 2**30  # of host memory: a rank's Python, libraries, pinned buffers and data threads
+
 # ---- What a run spends beside its steps
+
+COMPILE_S = 90.0  # torch.compile of one block, forward and backward
 
 PRODUCTIVE_NODES = 0.90  # "higher than 90 % effective training time": the Llama 3 paper, on a cluster
 PRODUCTIVE_ONE_NODE = 0.97  # evaluation and checkpoints alone
@@ -78,6 +82,16 @@ ROUNDING_FRACTION = 0.08  # of activations: blocks are handed out larger than as
 RESERVE_FRACTION = 0.03  # allocator: reserved over allocated, lower end of published pairs (2.8 to 9.3 %)
 CUDA_CONTEXT_BYTES = 0.5 * 2**30  # torch >= 2, lazy loading of kernels
 NCCL_BYTES = 0.8 * 2**30  # buffers of one communicator
+
+
+# ---- Published figures that stand beside a plan
+
+PUBLISHED = {
+    "pretrain_7b": ("Llama 2 7B", 184_320, "model card of Llama 2"),
+    "pretrain_70b": ("Llama 2 70B", 1_720_320, "model card of Llama 2"),
+}
+LLAMA2_HOURS = 3_311_616  # of its four models, the same card
+LLAMA2_QUOTED_USD = 20e6
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ terms add up to the total.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -173,8 +174,7 @@ class _Shape:
     @classmethod
     def of(cls, trace: Trace, layout: Layout) -> _Shape:
         half = 4 if trace.precision == "fp32" else 2
-        frozen = sum(stored(p, trace, layout, in_block=s.name == "block") for s in trace.each() for p in s.params if not p.trainable)
-        return cls(trace, layout, trace.numel(trainable=True), frozen, half)
+        return cls(trace, layout, trace.trainable, summed(trace, layout, lambda p, stored: 0.0 if p.trainable else stored), half)
 
     @property
     def master(self) -> int:
@@ -191,18 +191,21 @@ class _Shape:
 
     def gathered(self, section: Section, bytes_each: float) -> float:
         """Bytes of a section's parameters when they are whole, 4-bit weights as stored."""
-        total = 0.0
-        for p in section.params:
-            quantised = self.layout.quantised and section.name == "block" and p.matrix and not p.trainable
-            total += stored(p, self.trace, self.layout, in_block=True) if quantised else p.numel * bytes_each
-        return total
+        return section.numel(trainable=True) * bytes_each + sum(
+            stored(p, self.trace, self.layout, section) for p in section.params if not p.trainable
+        )
 
 
-def stored(p: Param, trace: Trace, layout: Layout, *, in_block: bool) -> float:
+def stored(p: Param, trace: Trace, layout: Layout, section: Section) -> float:
     """Bytes of a frozen parameter: in the precision of compute, or 4-bit."""
-    if layout.quantised and p.matrix and in_block:
+    if layout.quantised and p.matrix and section.name == "block":
         return p.numel * (constants.NF4_SINGLE_BYTES if layout.single_quantisation else constants.NF4_BYTES)
     return p.numel * (4 if trace.precision == "fp32" else 2)
+
+
+def summed(trace: Trace, layout: Layout, of: Callable[[Param, float], float]) -> float:
+    """The sum over all parameters of `of(parameter, its bytes if it is frozen)`."""
+    return sum(s.repeat * sum(of(p, stored(p, trace, layout, s)) for p in s.params) for s in trace.sections)
 
 
 @dataclass
@@ -239,16 +242,17 @@ def _ddp(x: _Shape) -> _Held:
 
 
 def _fsdp2(x: _Shape) -> _Held:
-    """Everything sharded. A block is gathered before it is used and dropped after, the next one gathered meanwhile; what
-    lies outside blocks stays gathered from its first use to the end of the backward pass. Each micro-step reduces."""
+    """Everything sharded by rows. A block is gathered before it is used and dropped after, the next one gathered meanwhile;
+    what lies outside blocks stays gathered from its first use to the end of the backward pass. Each micro-step reduces."""
     n = x.layout.ranks
-    share = {p: math.ceil(p.rows / n) / p.rows for s in x.trace.sections for p in s.params}
-    trainable = sum(p.numel * share[p] for p in x.trace.params() if p.trainable)
-    frozen = sum(
-        stored(p, x.trace, x.layout, in_block=s.name == "block") * share[p] for s in x.trace.each() for p in s.params if not p.trainable
-    )
+
+    def part(p: Param) -> float:
+        return math.ceil(p.rows / n) / p.rows
+
+    trainable = summed(x.trace, x.layout, lambda p, _: p.numel * part(p) if p.trainable else 0.0)
+    frozen = summed(x.trace, x.layout, lambda p, stored: 0.0 if p.trainable else stored * part(p))
     always = {"weights": x.master * trainable + frozen, "optimizer state": x.moments() * trainable}
-    root = sum(x.gathered(s, x.half) for s in x.trace.each() if s.name != "block")
+    root = sum(s.repeat * x.gathered(s, x.half) for s in x.trace.sections if s.name != "block")
     held = _Held({}, {"gathered weights": root}, gradient=x.master, share=trainable / max(1, x.trainable))
     (held.host if x.layout.offload == "cpu" else held.always).update(always)  # FSDP's offload: described, not run
     held.whole = x.layout.accumulation > 1
@@ -260,31 +264,28 @@ def _fsdp2(x: _Shape) -> _Held:
 
 
 def _zero12(x: _Shape) -> _Held:
-    n, lay = x.layout.ranks, x.layout
-    part = math.ceil(x.trainable / n)
+    """Weights whole, masters and optimizer state in W parts of one flat tensor; stage 2 keeps its part of the gradients."""
+    lay = x.layout
+    part = math.ceil(x.trainable / lay.ranks)
     always = {"weights": x.half * x.trainable + x.frozen}
-    if x.half == 4 or x.layout.pure:
-        masters = 0.0 if x.layout.pure else 4.0 * part
-    else:
-        masters = 4.0 * part
-    state = {"fp32 masters": masters, "optimizer state": x.moments() * part}
+    state = {"fp32 masters": 0.0 if lay.pure else 4.0 * part, "optimizer state": x.moments() * part}
     host: dict[str, float] = {}
     if lay.offload == "none":
         always |= state
     else:
         host = {**state, "gradients on the host": 4.0 * part}
     held = _Held(always, host=host, whole=True)
-    partitioned = lay.strategy == "zero2"
-    held.gradient, held.share = (4.0, part / max(1, x.trainable)) if partitioned else (4.0, 1.0)
+    held.share = part / max(1, x.trainable) if lay.strategy == "zero2" else 1.0
     held.computing = {"gradient buckets": min(lay.bucket_bytes, 4.0 * x.trainable)}
     return held
 
 
 def _zero3(x: _Shape) -> _Held:
+    """Weights too in W parts; those below the threshold stay whole."""
     n, lay = x.layout.ranks, x.layout
-    part = sum(math.ceil(p.numel / n) for p in x.trace.params() if p.trainable)
-    frozen = sum(math.ceil(p.numel / n) * x.half for p in x.trace.params() if not p.trainable)
-    persistent = sum(p.numel * x.half for p in x.trace.params() if p.numel < lay.persistence_threshold)
+    part = summed(x.trace, lay, lambda p, _: math.ceil(p.numel / n) if p.trainable else 0.0)
+    frozen = summed(x.trace, lay, lambda p, _: 0.0 if p.trainable else math.ceil(p.numel / n) * x.half)
+    persistent = summed(x.trace, lay, lambda p, _: p.numel * x.half if p.numel < lay.persistence_threshold else 0.0)
     state = {"fp32 masters": 0.0 if lay.pure else 4.0 * part, "optimizer state": x.moments() * part}
     weights = {"weights": x.half * part + frozen}
     host: dict[str, float] = {}
@@ -293,18 +294,24 @@ def _zero3(x: _Shape) -> _Held:
         always |= state
     elif lay.offload == "cpu":
         host |= {**state, "gradients on the host": 4.0 * part}
-    if lay.offload_parameters:
-        host |= weights
-    else:
-        always |= weights
+    (host if lay.offload_parameters else always).update(weights)
     held = _Held(always, host=host, whole=True, share=part / max(1, x.trainable))
-    held.gather, held.ahead = float(x.half), 1
-    held.reduce = float(x.half)
+    held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half)
     held.computing = {"gradient buckets": min(2 * lay.bucket_bytes, 4.0 * x.trainable)}
     return held
 
 
 STRATEGIES = {"single": _single, "ddp": _ddp, "fsdp2": _fsdp2, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3}
+
+
+@lru_cache(maxsize=64)
+def _after(trace: Trace) -> list[int]:
+    """For each section, the trained numbers of those behind it: their gradients appear first."""
+    found, total = [], 0
+    for section in reversed(list(trace.each())):
+        found.append(total)
+        total += section.numel(trainable=True)
+    return found[::-1]
 
 
 def holds(trace: Trace, layout: Layout) -> Holding:
@@ -314,7 +321,7 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     if layout.ema:
         held.always["moving average of weights"] = 4.0 * x.trainable * (held.share if layout.strategy != "ddp" else 1.0)
     if trace.mode == "autocast" and trace.precision != "fp32":
-        held.computing["16-bit copies of weights"] = float(sum(s.copies for s in trace.each()))
+        held.computing["16-bit copies of weights"] = float(sum(s.repeat * s.copies for s in trace.sections))
     if layout.quantised:
         biggest = max((p.numel for s in trace.sections if s.name == "block" for p in s.params if not p.trainable), default=0)
         held.computing["4-bit weights unpacked"] = float(x.half * biggest)
@@ -328,12 +335,12 @@ def holds(trace: Trace, layout: Layout) -> Holding:
         held.gradient = 0.0  # they go to the host as they are reduced
     gradients = held.gradient * x.trainable * held.share
     largest = max(s.numel(trainable=True) for s in trace.sections)
+    after = _after(trace)
     done = 0  # trained numbers whose gradients have appeared
     best: tuple[float, str, dict[str, float]] = (-1.0, "", {})
-    sections = list(trace.each())
     for moment in activations:
         if moment.backward:
-            done = sum(s.numel(trainable=True) for s in sections[moment.index + 1 :])
+            done = after[moment.index]
         whole = held.whole or layout.step_in_backward
         terms = dict(held.always)
         for name, value in held.computing.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 
@@ -80,7 +81,13 @@ class Section:
     copies: int = 0  # bytes of 16-bit copies of fp32 weights that autocast makes
 
     def numel(self, *, trainable: bool) -> int:
-        return sum(p.numel for p in self.params if p.trainable == trainable)
+        return self.counts[trainable]
+
+    @cached_property
+    def counts(self) -> tuple[int, int]:
+        """Numbers that are frozen, numbers that are trained."""
+        trained = sum(p.numel for p in self.params if p.trainable)
+        return sum(p.numel for p in self.params) - trained, trained
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed as the object it is: the caches of memory and time rely on it
@@ -97,12 +104,14 @@ class Trace:
             for _ in range(section.repeat):
                 yield section
 
-    def params(self) -> Iterator[Param]:
-        for section in self.each():
-            yield from section.params
+    @cached_property
+    def trainable(self) -> int:
+        return sum(s.repeat * s.numel(trainable=True) for s in self.sections)
 
     def numel(self, *, trainable: bool | None = None) -> int:
-        return sum(p.numel for p in self.params() if trainable is None or p.trainable == trainable)
+        if trainable is None:
+            return sum(s.repeat * sum(s.counts) for s in self.sections)
+        return self.trainable if trainable else self.numel() - self.trainable
 
     def flops(self, micro_batch: float, *, backward: bool | None = None, causal: bool = False) -> float:
         """Of one micro-batch, without recomputation. causal: count only the half of attention that is not masked."""

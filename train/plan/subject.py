@@ -11,14 +11,15 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache as cache_once
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.data import cache
 from train.plan.shapes import Trace
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Subject:
 
     cfg: Config
     info: Mapping[str, Any] = field(default_factory=dict)
+    _traces: dict[tuple[str, str, bool, str], Trace] = field(default_factory=dict, repr=False)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -62,16 +64,17 @@ class Subject:
     def trace(self, *, precision: str, mode: str, chunked: bool, device: str) -> Trace:
         """The trace of this experiment: shipped, kept, or taken now. Raises ModelError for a model that cannot be had."""
         if precision == "fp32":
-            mode = "autocast"  # all modes are the same
-        key = self._key(precision, mode, chunked, device)
-        if key in _memo:
-            return _memo[key]
-        kept = _cache(self.cfg) / f"{key}.json"
-        found = _read(kept) or _shipped().get(key)
+            mode = "autocast"  # both modes are the same
+        asked = (precision, mode, chunked, device)
+        if asked in self._traces:
+            return self._traces[asked]
+        key = self._key(*asked)
+        kept = cache.cache_root(self.cfg) / "traces" / f"{key}.json"
+        found = _shipped().get(key) or _read(kept)
         if found is None:
-            found = self._take(precision, mode, chunked, device)
+            found = self._take(*asked)
             _write(kept, found)
-        _memo[key] = found
+        self._traces[asked] = found
         return found
 
     def _key(self, precision: str, mode: str, chunked: bool, device: str) -> str:
@@ -87,8 +90,7 @@ class Subject:
         facts = {k: self.facts[k] for k in ("vocab_size", "num_classes", "channels") if k in self.facts}
         peft = (cfg.peft.name != "none", cfg.peft.r, cfg.peft.dropout, cfg.peft.target_modules) if cfg.peft.name != "none" else ()
         task = (cfg.task.name, cfg.task.class_weights is None, cfg.task.dice_weight > 0, cfg.task.label_smoothing > 0)
-        versions = [metadata.version(name).rpartition(".")[0] for name in ("torch", "transformers", "peft")]
-        everything = [VERSION, versions, task, shape, rows, facts, peft, precision, mode, chunked, device]
+        everything = [VERSION, _versions(), task, shape, rows, facts, peft, precision, mode, chunked, device]
         return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
     def _take(self, precision: str, mode: str, chunked: bool, device: str) -> Trace:
@@ -134,13 +136,16 @@ class Subject:
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
-_memo: dict[str, Trace] = {}
-_loaded: dict[str, dict[str, Trace]] = {}
+@cache_once
+def _versions() -> list[str]:
+    """Of the libraries whose code a trace is of, without the last number."""
+    return [metadata.version(name).rpartition(".")[0] for name in ("torch", "transformers", "peft")]
 
 
-def _cache(cfg: Config) -> Path:
-    root = cfg.data.cache_dir or (os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")) + "/gearshift"
-    return Path(root).expanduser() / "traces"
+@cache_once
+def _shipped() -> dict[str, Trace]:
+    data = json.loads(SHIPPED.read_text()) if SHIPPED.is_file() else {}
+    return {key: Trace.from_dict(value) for key, value in data.items()}
 
 
 def _read(path: Path) -> Trace | None:
@@ -159,10 +164,3 @@ def _write(path: Path, trace: Trace) -> None:
         atomic_write(path, json.dumps(trace.to_dict()))
     except OSError:  # a cache that cannot be written costs seconds, not the plan
         return
-
-
-def _shipped() -> dict[str, Trace]:
-    if "traces" not in _loaded:
-        data = json.loads(SHIPPED.read_text()) if SHIPPED.is_file() else {}
-        _loaded["traces"] = {key: Trace.from_dict(value) for key, value in data.items()}
-    return _loaded["traces"]
