@@ -46,9 +46,9 @@ ARROWS = {
     "models": {"config", "rundir", "data", "checkpoint"},
     "tasks": {"config", "rundir", "data", "models"},
     "export": {"config", "rundir", "describe", "checkpoint", "data", "models", "tasks", "predict"},
-    "predict": {"config", "rundir", "describe", "checkpoint", "data", "models", "tasks"},
+    "predict": {"config", "rundir", "describe", "order", "checkpoint", "data", "models", "tasks"},
     "plan": {"config", "compose", "rundir", "data", "models", "tasks", "strategy", "optim"},
-    "launch": {"config", "compose", "rundir", "describe", "order", "ledger", "data", "plan", "checkpoint", "export",
+    "launch": {"config", "compose", "rundir", "describe", "order", "ledger", "data", "models", "plan", "checkpoint", "export",
                "predict"},
 }  # fmt: skip
 """Part -> the parts of `train` that it may import, besides itself. What is missing here may import everything:"""
