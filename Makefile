@@ -21,7 +21,6 @@ TORCH_MARK := $(VENV)/.torch-$(shell printf '%s' '$(TORCH) $(TORCH_INDEX)' | cks
 
 $(TORCH_MARK):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --upgrade pip
 	@echo "installing $(TORCH) $(if $(TORCH_INDEX),from $(TORCH_INDEX),(the plain one brings CUDA, several GB; the README says how to take a CPU build))"
 	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
 	$(BIN)/pip install -q -c constraints.txt setuptools wheel numpy packaging ninja
