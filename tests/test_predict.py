@@ -28,7 +28,7 @@ def figures(run: Path, step: int) -> dict[str, float]:
     return {key: value for key, value in row.items() if key.startswith("eval_")}
 
 
-@pytest.mark.parametrize("name", ["lm", "gpt2", "lora", "qlora", "alone", "classes", "masks"])
+@pytest.mark.parametrize("name", ["lm", "gpt2", "lora", "qlora", "alone", "classes", "backbone", "masks"])
 @pytest.mark.parametrize("step", ["2", "last"])
 def test_what_was_held_out_gives_the_figures_of_the_run(trained: Path, tmp_path: Path, name: str, step: str) -> None:
     """Averaged weights (gpt2, classes), adapters over a run and a directory, 4 bits, tiles: the same numbers again."""

@@ -21,7 +21,7 @@ NETWORK = ["model.hidden_size=32", "model.intermediate_size=48", "model.num_laye
 
 def make(root: Path) -> Path:
     """Run directories in `root`: lm, gpt2 (text); lora, qlora, alone (chats; over lm, lm and the directory `root/base`);
-    classes, masks (pictures). What they learn from lies in `root/data`."""
+    classes, backbone (over the directory `root/resnet`), masks (pictures). What they learn from lies in `root/data`."""
     data = root / "data"
     for folder in ("text", "train/images", "train/masks", "held/images", "held/masks"):
         (data / folder).mkdir(parents=True)
@@ -40,6 +40,7 @@ def make(root: Path) -> Path:
     (data / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     _pictures(data)
     _base(root / "base")
+    _resnet(root / "resnet")
 
     def job(name: str, experiment: str, *overrides: str) -> list[str]:
         return [f"experiment={experiment}", *COMMON, f"run.root={root}", f"run.name={name}", *overrides]
@@ -56,6 +57,8 @@ def make(root: Path) -> Path:
             job("alone", "finetune_lora", *chat, f"model.path={root}/base"),
             job("classes", "classify", f"data.path={data}/classes", "data.image_size=16", "data.resize=true",
                 "data.val_fraction=0.3", "model.channels=8", "model.num_layers=2", "optim.ema=0.5"),
+            job("backbone", "classify", f"data.path={data}/classes", "data.image_size=32", "data.val_fraction=0.3",
+                "model=pretrained", f"model.path={root}/resnet"),
             job("masks", "segment", f"data.path={data}/train", f"data.val_path={data}/held", "data.image_size=32",
                 "model.channels=8", "model.num_layers=2"),
         ],
@@ -97,3 +100,19 @@ def _base(directory: Path) -> None:
     )  # fmt: skip
     LlamaForCausalLM(shape).save_pretrained(directory)
     tokenizer.make(tokenizer.Origin("", "bytes"), directory, lambda: iter(()), 0, Config())
+
+
+def _resnet(directory: Path) -> None:
+    """A random ResNet with BatchNorm statistics, as it would come from the hub."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    shape = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    model = ResNetForImageClassification(shape)
+    for name, buffer in model.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.01, 0.1)
+    model.save_pretrained(directory)
+    settings = {"image_processor_type": "ConvNextImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
