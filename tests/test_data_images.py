@@ -93,9 +93,12 @@ def test_an_own_folder_is_read_and_its_corrupt_file_is_named(own: Path, tmp_path
 
 def test_more_than_one_bad_file_stops_unless_it_is_allowed(own: Path, tmp_path: Path) -> None:
     (own / "images" / "text.png").write_text("no picture")
+    (own / "masks" / "p0.png").write_text("no mask")
+    said: list[str] = []
     with pytest.raises(DataError, match=r"max_bad_fraction[\s\S]*text.png: has no mask"):
-        data.prepare(_cfg(tmp_path), lambda _: None)
-    assert data.prepare(_cfg(tmp_path, max_bad_fraction=0.3), lambda _: None).info["bad_rows"] == 2
+        data.prepare(_cfg(tmp_path), said.append)
+    assert data.prepare(_cfg(tmp_path, max_bad_fraction=0.4), said.append).info["bad_rows"] == 3
+    assert any("its mask masks/p0.png: not a picture" in line for line in said)
     with pytest.raises(DataError, match="max_bad_fraction=0 "):
         (own / "images" / "text.png").unlink()
         data.prepare(_cfg(tmp_path, max_bad_fraction=0.0), lambda _: None)

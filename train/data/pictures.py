@@ -26,6 +26,7 @@ from train.data.views import unit
 MEMORY_BYTES = 512 * 1024**2
 """Decoded pictures that are kept in memory, per `Files`."""
 
+_STATISTICS = 2**20  # pixels of a picture that are enough for its mean and deviation
 _DEEP = ("I;16", "I;16B", "I;16L", "I;16N", "I", "F")
 _GREY = ("1", "L", "LA", "La", *_DEEP)
 
@@ -53,24 +54,27 @@ class Row:
 
 def look(root: Path, entries: Sequence[Entry]) -> Iterator[Row | str]:
     """Read every picture and mask once, several at a time: in order, what was found, or why it is of no use."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, 32)) as pool:
         yield from pool.map(lambda entry: _look(root, *entry), entries)
 
 
 def _look(root: Path, name: str, mask: str | None, label: str | None) -> Row | str:
     values: dict[str, int] = {}
+    which = ""
     try:
         pixels = read_picture(root / name)
         if mask is not None:
+            which = f"its mask {mask}: "
             ids = read_mask(root / mask)
             if ids.shape != pixels.shape[:2]:
                 return f"{_size(pixels)} pixels, and its mask {mask} has {_size(ids)}"
             values = {str(value): int(count) for value, count in zip(*np.unique(ids, return_counts=True), strict=True)}
     except Exception as error:  # decoders of damaged files raise anything, and one of them must not end the rest
-        return str(error).replace(str(root), "").strip(" .") or type(error).__name__
-    grey = unit(pixels)
-    mean, square = (part.mean(axis=(0, 1), dtype=np.float64).round(6).tolist() for part in (grey, grey * grey))
+        return which + (str(error).replace(str(root), "").strip(" .") or type(error).__name__)
     height, width, channels = pixels.shape
+    stride = max(1, round((height * width / _STATISTICS) ** 0.5))
+    levels = unit(pixels[::stride, ::stride])
+    mean, square = (part.mean(axis=(0, 1), dtype=np.float64).round(6).tolist() for part in (levels, levels * levels))
     return Row(name, mask, label, height, width, channels, mean, square, values)
 
 
