@@ -50,7 +50,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     # --------------------------------------------------------------------------------------- Strategy and optimizer
     engine = strategy.build(cfg, procs, cfg.train.precision)
     values, blocks = models.initial_values(model, cfg.seed), models.blocks(model)
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad), sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters = trained, sum(p.numel() for p in model.parameters())
     engine.prepare(model, values, blocks,
                    lambda named: optim.build(named, cfg, device_type=procs.device.type))  # fmt: skip
     in_force = engine.check()  # read from the live objects and compared with what was asked; a difference ends here
@@ -113,7 +114,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         counters["targets"] += targets
         counters["skipped"] = 0 if grad_norm is not None else counters["skipped"] + 1
         if counters["skipped"] > cfg.train.nonfinite_cap:
-            raise strategy.NonFinite(f"{counters['skipped']} steps in a row (train.nonfinite_cap={cfg.train.nonfinite_cap})")
+            cap = cfg.train.nonfinite_cap
+            raise strategy.NonFinite(f"{counters['skipped']} steps in a row (train.nonfinite_cap={cap})")
         meter.record(step, engine.take_loss(), grad_norm, lr, samples=samples, step_s=time.perf_counter() - clock,
                      data_wait_s=loader.wait_s)  # fmt: skip
         if procs.is_main:
