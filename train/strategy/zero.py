@@ -329,4 +329,7 @@ class Zero(Strategy):
         return f"zero{self.engine.zero_optimization_stage()}"
 
     def close(self) -> None:
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
         self.accelerator.free_memory()
+        unset_hf_deepspeed_config()  # transformers would partition the next model of this process while it builds it
