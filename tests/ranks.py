@@ -24,7 +24,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def run_jobs(world_size: int, jobs: list[list[str]], *, setup: str = "", timeout_s: float = 280,
+def run_jobs(world_size: int, jobs: list[list[str]], *, setup: str = "", timeout_s: float = 600,
              check: bool = True) -> list[str | None]:  # fmt: skip
     """Run every job on `world_size` ranks. Returns the error of each job (None: it ended well), as any rank saw it.
 

@@ -16,6 +16,8 @@ import pytest
 
 from tests import ranks
 
+pytestmark = pytest.mark.timeout(1200)  # the first test of the file waits for all of its runs
+
 SMALL = [
     "experiment=lm_stdlib", "hardware=cpu", "train.precision=fp32", "optim.lr=1e-3", "train.max_steps=20",
     "train.global_batch_size=8", "model.num_layers=2", "data.seq_len=64", "strategy.micro_batch_size=2",
@@ -40,6 +42,7 @@ EXACT = [
     "model.dropout=0.1",
     "strategy.micro_batch_size=null",
 ]
+EMA = ["optim.ema=0.9", "eval.every=5", "train.max_steps=10"]
 HALVED = """
 from train import strategy
 original = strategy.Strategy.__init__
@@ -58,11 +61,20 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def job(name: str, *overrides: str) -> list[str]:
         return [*SMALL, f"run.root={root}", f"run.name={name}", *overrides]
 
-    ranks.run_jobs(1, [job("single-1"), job("exact-1", *EXACT), job("stopped", "run.stop_at=7")])
+    ranks.run_jobs(
+        1,
+        [
+            job("single-1"),
+            job("exact-1", *EXACT),
+            job("stopped", "run.stop_at=7"),
+            job("ema-1", *EMA),
+            job("patient", *EMA, "eval.every=2", "eval.patience=1", "optim.lr=0.5"),
+        ],
+    )
     kept = ranks.result(root / "stopped")
     (root / "stopped-first.json").write_text(json.dumps(kept))
     ranks.run_jobs(2, [
-        job("ddp-2", "strategy=ddp"), job("zero2-2", "strategy=zero2"), job("fsdp2-2", "strategy=fsdp2"), job("exact-2", *EXACT),
+        job("ema-2", *EMA, "strategy=fsdp2"), job("ddp-2", "strategy=ddp"), job("zero2-2", "strategy=zero2"), job("fsdp2-2", "strategy=fsdp2"), job("exact-2", *EXACT),
         job("moved", "strategy=zero2", "run.stop_at=7"), job("moved", "strategy=fsdp2", "run.stop_at=12"),
     ])  # fmt: skip
     ranks.run_jobs(3, [
@@ -113,6 +125,54 @@ def test_a_stopped_run_goes_on_bit_for_bit(root: Path, reference: Path) -> None:
     assert (last["status"], last["attempt"], last["samples"]) == ("finished", 2, 160)
     assert last["state_hash"] == ranks.result(reference)["state_hash"]
     assert [r["loss_hex"] for r in ranks.metrics(root / "stopped")] == [r["loss_hex"] for r in ranks.metrics(reference)]
+
+
+@pytest.mark.ranks
+def test_the_moving_average_is_evaluated_and_saved_under_any_strategy(root: Path) -> None:
+    from train import checkpoint
+
+    one, two = root / "ema-1", root / "ema-2"
+    assert ranks.result(two)["engine"]["strategy"] == "fsdp2"
+    losses = [[row["eval_loss"] for row in ranks.metrics(run) if "eval_loss" in row] for run in (one, two)]
+    assert len(losses[0]) == 2
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    averages, masters = (checkpoint.read_masters(one, "last", averaged=kind) for kind in (True, False))
+    assert any(not averages[name].equal(masters[name]) for name in masters)
+    shared = checkpoint.read_masters(two, "last")
+    assert all(averages[name].allclose(shared[name], atol=1e-6) for name in averages)
+
+
+def test_patience_ends_a_run_that_gets_no_better(root: Path) -> None:
+    result = ranks.result(root / "patient")
+    assert (result["status"], result["reason"]) == ("finished", "eval.patience=1")
+    assert result["steps"] < 10
+
+
+@pytest.mark.pulse
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "launcher", ["accelerate launch --multi_gpu --num_processes 2 -m", "torchrun --nproc-per-node 2 -m"]
+)
+def test_both_launchers_start_the_script_on_two_ranks(launcher: str, root: Path, reference: Path) -> None:
+    name = launcher.split()[0]
+    program, *words = launcher.split()
+    command = [
+        str(Path(sys.executable).parent / program),
+        *words,
+        "train",
+        *SMALL,
+        f"run.root={root}",
+        f"run.name={name}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ranks.ROOT, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, norm = differences(root / name, reference)
+    assert loss < 1e-5
+    assert norm < 1e-3
+    assert (ranks.result(root / name)["engine"]["strategy"], ranks.result(root / name)["engine"]["world_size"]) == (
+        "ddp",
+        2,
+    )
 
 
 @pytest.mark.ranks

@@ -14,6 +14,8 @@ import torch
 from tests import ranks
 from train.strategy import exact
 
+pytestmark = pytest.mark.timeout(1200)  # the first test of the file waits for all of its runs
+
 SMALL = [
     "experiment=lm_stdlib", "hardware=cpu", "train.precision=fp32", "train.max_steps=6", "train.global_batch_size=4",
     "model.num_layers=1", "data.seq_len=32", "strategy.micro_batch_size=2", "strategy.persistence_threshold=0",
@@ -50,7 +52,9 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
     for name in names:
         strategy, policy, *fused = name.split("-")
         more = ["strategy.fused_optimizer=true"] if fused else []
-        jobs.append([*SMALL, *more, f"strategy={strategy}", f"train.nonfinite={policy}", f"run.root={root}", f"run.name={name}"])
+        jobs.append(
+            [*SMALL, *more, f"strategy={strategy}", f"train.nonfinite={policy}", f"run.root={root}", f"run.name={name}"]
+        )
     errors = ranks.run_jobs(2, jobs, setup=POISON, check=False)
     return {name: (root / name, error) for name, error in zip(names, errors)}
 
