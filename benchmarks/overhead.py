@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import io
 import json
 import os
 import platform
@@ -45,10 +46,22 @@ LR, CLIP = 1e-3, 1.0
 
 def overrides(size: str, steps: int) -> list[str]:
     return [
-        "experiment=lm_stdlib", "hardware=cpu", "train.precision=fp32", f"train.max_steps={steps}", "train.global_batch_size=8",
-        "strategy.micro_batch_size=8", f"optim.lr={LR}", "optim.schedule=constant", "optim.warmup_steps=0", f"optim.clip={CLIP}",
-        "eval.every=null", "eval.max_samples=8", "eval.samples=0", "log.every=10", *SIZES[size],
-    ]  # fmt: skip
+        "experiment=lm_stdlib",
+        "hardware=cpu",
+        "train.precision=fp32",
+        f"train.max_steps={steps}",
+        "train.global_batch_size=8",
+        "strategy.micro_batch_size=8",
+        f"optim.lr={LR}",
+        "optim.schedule=constant",
+        "optim.warmup_steps=0",
+        f"optim.clip={CLIP}",
+        "eval.every=null",
+        "eval.max_samples=8",
+        "eval.samples=0",
+        "log.every=10",
+        *SIZES[size],
+    ]
 
 
 # -- one contender, in its own process ---------------------------------------------------------------------------------
@@ -119,8 +132,10 @@ def shared(size: str, steps: int) -> tuple[Any, list[dict[str, Any]]]:
 
 def groups(module: Any) -> list[dict[str, Any]]:
     named = list(module.named_parameters())
-    return [{"params": [p for _, p in named if p.ndim >= 2], "weight_decay": 0.1},
-            {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0}]  # fmt: skip
+    return [
+        {"params": [p for _, p in named if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for _, p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
 
 
 def adamw(module: Any) -> Any:
@@ -185,12 +200,23 @@ def trainer(size: str, turns: Turns) -> float:
             return self.last
 
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, max_steps=turns.steps, learning_rate=LR,
-        lr_scheduler_type="constant", max_grad_norm=CLIP, logging_steps=10, save_strategy="no", report_to=[],
-        use_cpu=True, disable_tqdm=True, dataloader_num_workers=0, remove_unused_columns=False,
-    )  # fmt: skip
-    loop = InOrder(model=module, args=arguments, train_dataset=rows(batches), optimizers=(adamw(module), None),
-                   callbacks=[Clock()])  # fmt: skip
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=8,
+        max_steps=turns.steps,
+        learning_rate=LR,
+        lr_scheduler_type="constant",
+        max_grad_norm=CLIP,
+        logging_steps=10,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_num_workers=0,
+        remove_unused_columns=False,
+    )
+    loop = InOrder(
+        model=module, args=arguments, train_dataset=rows(batches), optimizers=(adamw(module), None), callbacks=[Clock()]
+    )
     loop.model_accepts_loss_kwargs = False
     loop.train()
     return float(loop.last)
@@ -224,9 +250,17 @@ def lightning(size: str, turns: Turns) -> float:
         def on_train_batch_start(self, *_: Any) -> None:
             turns.step()
 
-    loop = L.Trainer(accelerator="cpu", max_steps=turns.steps, gradient_clip_val=CLIP, enable_checkpointing=False,
-                     enable_progress_bar=False, enable_model_summary=False, logger=L.pytorch.loggers.CSVLogger(tempfile.mkdtemp()),
-                     log_every_n_steps=10, callbacks=[Clock()])  # fmt: skip
+    loop = L.Trainer(
+        accelerator="cpu",
+        max_steps=turns.steps,
+        gradient_clip_val=CLIP,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=L.pytorch.loggers.CSVLogger(tempfile.mkdtemp()),
+        log_every_n_steps=10,
+        callbacks=[Clock()],
+    )
     wrapped = Wrapped()
     loop.fit(wrapped, torch.utils.data.DataLoader(rows(batches), batch_size=8, shuffle=False))
     return float(wrapped.last)
@@ -244,7 +278,7 @@ def ours(size: str, turns: Turns, *more: str) -> float:
         return schedule(*arguments)
 
     optim.lr = clocked
-    sys.stdout, out = open(os.devnull, "w"), sys.stdout
+    sys.stdout, out = io.StringIO(), sys.stdout
     train_turns = turns._say
 
     def say(message: dict[str, Any]) -> None:
@@ -343,13 +377,16 @@ def table(size: str, found: dict[str, dict[str, Any]]) -> Iterator[str]:
     per_round = {n: [statistics.median(w) * 1e3 for w in v["wall"] if w] for n, v in found.items()}
     base = per_round["raw"]
     yield f"\n### {size}: {' '.join(SIZES[size])}\n"
-    yield "| loop | ms a step (median) | extra ms over raw (median of rounds) | time to first step, s | peak RSS, GiB | tokens/s | final loss |"
+    head = "| loop | ms a step | extra ms over raw, median of rounds | to first step, s | peak RSS, GiB | tokens/s | final loss |"
+    yield head
     yield "|---|---|---|---|---|---|---|"
     for name, values in found.items():
         extra = statistics.median(b - a for a, b in zip(base, per_round[name], strict=True))
         ms = statistics.median(per_round[name])
-        yield (f"| {name} | {ms:.2f} | {extra:+.2f} | {values['first_step_s']:.1f} | {values['peak_gib']:.2f} | "
-               f"{tokens / ms * 1e3:,.0f} | {values['loss']:.6f} |")  # fmt: skip
+        yield (
+            f"| {name} | {ms:.2f} | {extra:+.2f} | {values['first_step_s']:.1f} | {values['peak_gib']:.2f} | "
+            f"{tokens / ms * 1e3:,.0f} | {values['loss']:.6f} |"
+        )
 
 
 def main() -> None:
@@ -367,10 +404,13 @@ def main() -> None:
     import transformers
 
     now = datetime.datetime.now()
-    lines = [f"# Overhead, {now:%Y-%m-%d}", "",
-             f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python "
-             f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}. "
-             f"`python benchmarks/overhead.py {' '.join(sys.argv[1:])}`"]  # fmt: skip
+    lines = [
+        f"# Overhead, {now:%Y-%m-%d}",
+        "",
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}. "
+        f"`python benchmarks/overhead.py {' '.join(sys.argv[1:])}`",
+    ]
     for size in options.sizes:
         for line in table(size, measure(size, options.contenders, blocks=options.blocks, block=options.block)):
             lines.append(line)

@@ -62,16 +62,27 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     (r"moe|mixtral|a\d+b\b|deepseek-?v[23]|dbrx|gpt-oss|scout|maverick", {}),
     (r"mamba|jamba|rwkv|t5\b|bert|whisper|-vl|vision|llava|chatglm|qwen3\.5|qwen3-next", {}),
     (r"mpt", {"norm": "layer", "gated": False, "tied": True, "rotary": 0.0, "learned": True}),
-    (r"pythia|neox|stablelm-?.*alpha|stablelm alpha|dolly|redpajama",
-     {"norm": "layer", "gated": False, "bias": True, "parallel": True, "rotary": 0.25}),
-    (r"phi-?[12](\.5)?|phi-1", {"norm": "layer", "gated": False, "bias": True, "parallel": True, "shared_norm": True, "rotary": 0.5}),
+    (
+        r"pythia|neox|stablelm-?.*alpha|stablelm alpha|dolly|redpajama",
+        {"norm": "layer", "gated": False, "bias": True, "parallel": True, "rotary": 0.25},
+    ),
+    (
+        r"phi-?[12](\.5)?|phi-1",
+        {"norm": "layer", "gated": False, "bias": True, "parallel": True, "shared_norm": True, "rotary": 0.5},
+    ),
     (r"falcon-?\s?7b", {"norm": "layer", "gated": False, "parallel": True, "shared_norm": True, "tied": True}),
     (r"falcon", {"norm": "layer", "gated": False, "parallel": True, "tied": True}),
     (r"gemma", {"tied": True, "head_dim": 256}),
-    (r"gpt-?2|gpt2|nanogpt", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True}),
+    (
+        r"gpt-?2|gpt2|nanogpt",
+        {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True},
+    ),
     (r"opt-", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True}),
-    (r"llama|mistral|vicuna|alpaca|yi-|qwen|phi-3|smollm|tinyllama|tiny-llama|olmo|internlm|granite|baichuan|code ?llama", {}),
-]  # fmt: skip
+    (
+        r"llama|mistral|vicuna|alpaca|yi-|qwen|phi-3|smollm|tinyllama|tiny-llama|olmo|internlm|granite|baichuan|code ?llama",
+        {},
+    ),
+]
 NOT_OURS = FAMILIES[:2]
 TIED = r"llama-?3\.2-?(1|3)b|qwen2(\.5)?-?(0\.5|1\.5|3)b|smollm"
 
@@ -93,8 +104,14 @@ def whole(row: Row, name: str) -> int:
 def style(row: Row) -> str:
     """Whose code ran."""
     framework = row.get("framework", "").lower()
-    for key, name in (("litgpt", "litgpt"), ("lit-gpt", "litgpt"), ("torchtune", "torchtune"), ("foundry", "llmfoundry"),
-                      ("torchtitan", "torchtune"), ("llm.c", "llmfoundry")):  # fmt: skip
+    for key, name in (
+        ("litgpt", "litgpt"),
+        ("lit-gpt", "litgpt"),
+        ("torchtune", "torchtune"),
+        ("foundry", "llmfoundry"),
+        ("torchtitan", "torchtune"),
+        ("llm.c", "llmfoundry"),
+    ):
         if key in framework:
             return name
     return "transformers"
@@ -111,9 +128,9 @@ def check_scope(row: Row) -> None:
         raise OutOfScope("tensor, pipeline, context or expert parallelism")
     if row.get("domain") != "lm":
         raise OutOfScope(f"{row.get('domain')} models of other families")
-    if re.search(r"fp8|nvfp4|int8|hqq|gptq|awq|8bit$", " ".join(row.get(k, "") for k in ("precision", "precision_n", "quant"))) and (
-        "8bit states" not in row.get("precision", "")
-    ):
+    if re.search(
+        r"fp8|nvfp4|int8|hqq|gptq|awq|8bit$", " ".join(row.get(k, "") for k in ("precision", "precision_n", "quant"))
+    ) and ("8bit states" not in row.get("precision", "")):
         raise OutOfScope("FP8 and other 8-bit weights")
     if row.get("method_n") not in ("", "full", "lora", "qlora", None):
         raise OutOfScope(f"method {row.get('method') or row['method_n']}")
@@ -123,7 +140,10 @@ def check_scope(row: Row) -> None:
     gpu = (row.get("gpu_n") or row.get("gpu_type") or "").upper()
     if re.search(r"TPU|^MI\d|GAUDI|ASCEND|XPU|RX ", gpu):
         raise OutOfScope("devices other than NVIDIA's")
-    if re.search(r"infinity|superoffload|zenflow|unsloth|deepcompile", f"{row.get('sharding', '')} {row.get('framework', '')}".lower()):
+    if re.search(
+        r"infinity|superoffload|zenflow|unsloth|deepcompile",
+        f"{row.get('sharding', '')} {row.get('framework', '')}".lower(),
+    ):
         raise OutOfScope("engines this project does not have")
     if row.get("component") not in ("peak training", "", None):
         raise OutOfScope(f"component: {row['component']}")
@@ -155,22 +175,45 @@ def spec(row: Row) -> tuple[Spec, int]:
     adapters: dict[str, Any] = {}
     if method in ("lora", "qlora"):
         targets = row.get("lora_targets", "").lower()
-        names = tuple(n for n, pattern in (("q", r"\bq\b|all|default"), ("k", r"\bk\b|all"), ("v", r"\bv\b|all|default"),
-                                           ("o", r"\bo\b|all|default"), ("mlp", r"mlp|all|default")) if re.search(pattern, targets))  # fmt: skip
+        names = tuple(
+            n
+            for n, pattern in (
+                ("q", r"\bq\b|all|default"),
+                ("k", r"\bk\b|all"),
+                ("v", r"\bv\b|all|default"),
+                ("o", r"\bo\b|all|default"),
+                ("mlp", r"mlp|all|default"),
+            )
+            if re.search(pattern, targets)
+        )
         rank = number(row, "lora_rank")
         adapters = {"lora": names or ("q", "v"), "rank": int(rank or 8)}  # where unsaid, the projects' default
         adapters["dropout"] = 0.05 if kind == "litgpt" else 0.0
     chunks: dict[str, int] = {}
     if kind == "litgpt" and method != "full":
         chunks["head_chunk"] = 128
-    if kind == "torchtune" and (re.search("chunked", notes) or (row.get("compile") == "yes" and not row["subset"].endswith("ablation"))):
+    if kind == "torchtune" and (
+        re.search("chunked", notes) or (row.get("compile") == "yes" and not row["subset"].endswith("ablation"))
+    ):
         chunks["chunks"] = 8
     if method == "qlora" and kind == "litgpt" and row.get("source_date", "9999") < "2024":
         adapters["quantised"] = True
-    if "foundry" in row.get("framework", "").lower():  # its kernels of then did not skip the masked half, which its own FLOPs formula counts too
+    if (
+        "foundry" in row.get("framework", "").lower()
+    ):  # its kernels of then did not skip the masked half, which its own FLOPs formula counts too
         facts["causal"] = False
-    made = Spec(whole(row, "layers"), whole(row, "hidden"), heads, int(number(row, "kv_heads") or heads), whole(row, "ffn"),
-                whole(row, "vocab"), style=kind, **facts, **adapters, **chunks)  # fmt: skip
+    made = Spec(
+        whole(row, "layers"),
+        whole(row, "hidden"),
+        heads,
+        int(number(row, "kv_heads") or heads),
+        whole(row, "ffn"),
+        whole(row, "vocab"),
+        style=kind,
+        **facts,
+        **adapters,
+        **chunks,
+    )
     return made, rows
 
 
@@ -204,7 +247,11 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
     offload = row.get("offload", "").lower()
     precision, kind = row.get("precision", "").lower(), style(row)
     optimizer = {"adamw8bit": "adamw_8bit", "sgd": "sgd"}.get(row.get("optimizer_n", ""), "adamw")
-    pure = (bool(re.search(r"true|bf16 params|pure", precision)) and kind != "llmfoundry") or kind == "torchtune" or "llm.c" in row.get("framework", "")
+    pure = (
+        (bool(re.search(r"true|bf16 params|pure", precision)) and kind != "llmfoundry")
+        or kind == "torchtune"
+        or "llm.c" in row.get("framework", "")
+    )
     notes = f"{row.get('notes', '')} {row.get('optimizer', '')}".lower()
     chunked = "chunked" in notes or not row["subset"].endswith("ablation")
     return Layout(
@@ -243,7 +290,9 @@ def machine(row: Row, ranks: int) -> timing.Machine:
     each = min(8, ranks)
     gbits = re.search(r"(\d+)\s*gb(?:ps|it)", row.get("interconnect", "").lower())
     inter = float(gbits[1]) / 8 * 1e9 if gbits else constants.DEFAULT_INTER_GB_S[device.generation] * 1e9
-    return timing.Machine(device, "cuda", each, max(1, ranks // each), device.memory_gib * GIB, device.link_gb_s * 1e9, inter)
+    return timing.Machine(
+        device, "cuda", each, max(1, ranks // each), device.memory_gib * GIB, device.link_gb_s * 1e9, inter
+    )
 
 
 @lru_cache(maxsize=4096)
@@ -478,8 +527,12 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
         cells["all"][cell] += 1
         if predicted != known:
             wrong.append((row["id"], cell, round(share, 3)))
-    return {"cells": {k: dict(v) for k, v in cells.items()}, "wrong": wrong, "out_of_scope": dict(out.most_common()),
-            "unpredictable": unpredictable}  # fmt: skip
+    return {
+        "cells": {k: dict(v) for k, v in cells.items()},
+        "wrong": wrong,
+        "out_of_scope": dict(out.most_common()),
+        "unpredictable": unpredictable,
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -543,8 +596,10 @@ def fitted(folder: Path) -> dict[str, Any]:
 def line(name: str, s: dict[str, float] | None) -> str:
     if s is None:
         return f"  {name:28s} no rows"
-    return (f"  {name:28s} {s['rows']:4.0f} rows   median {s['median_abs']:6.1%}   mean {s['mean_abs']:6.1%}   "
-            f"max {s['max_abs']:6.1%}   signed {s['mean_signed']:+6.1%}   low in {s['under']:4.0%}")  # fmt: skip
+    return (
+        f"  {name:28s} {s['rows']:4.0f} rows   median {s['median_abs']:6.1%}   mean {s['mean_abs']:6.1%}   "
+        f"max {s['max_abs']:6.1%}   signed {s['mean_signed']:+6.1%}   low in {s['under']:4.0%}"
+    )
 
 
 def show(found: dict[str, Any], *, rows: bool) -> None:
@@ -571,7 +626,11 @@ def show(found: dict[str, Any], *, rows: bool) -> None:
 
 def tail(part: dict[str, Any]) -> None:
     total = sum(part["out_of_scope"].values())
-    print(f"  out of scope: {total} rows" + (": " if total else "") + "; ".join(f"{n} {why}" for why, n in part["out_of_scope"].items()))
+    print(
+        f"  out of scope: {total} rows"
+        + (": " if total else "")
+        + "; ".join(f"{n} {why}" for why, n in part["out_of_scope"].items())
+    )
     reasons: dict[str, list[str]] = defaultdict(list)
     for row, why in part["unpredictable"]:
         reasons[why].append(row)

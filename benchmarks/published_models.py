@@ -50,7 +50,9 @@ def hashed(made: Spec, *others: object) -> str:
     from pathlib import Path
 
     here = Path(__file__)
-    code = here.read_bytes() + b"".join((here.parents[1] / "train" / "plan" / f).read_bytes() for f in ("trace.py", "shapes.py"))
+    code = here.read_bytes() + b"".join(
+        (here.parents[1] / "train" / "plan" / f).read_bytes() for f in ("trace.py", "shapes.py")
+    )
     text = repr(sorted(asdict(made).items())) + repr(others)
     return hashlib.sha256(code + text.encode()).hexdigest()[:24]
 
@@ -179,7 +181,10 @@ class Attention(nn.Module):
             q, k, v = self.q(x), self.k(x), self.v(x)
         q, k, v = (t.view(batch, rows, -1, self.d).transpose(1, 2) for t in (q, k, v))
         if s.style == "litgpt" and s.kv_heads != s.heads:
-            k, v = (t.unsqueeze(2).expand(-1, -1, s.heads // s.kv_heads, -1, -1).reshape(batch, s.heads, rows, self.d) for t in (k, v))
+            k, v = (
+                t.unsqueeze(2).expand(-1, -1, s.heads // s.kv_heads, -1, -1).reshape(batch, s.heads, rows, self.d)
+                for t in (k, v)
+            )
         q, k = self.rope(q), self.rope(k)
         gqa = k.shape[1] != s.heads
         out = F.scaled_dot_product_attention(q, k, v, is_causal=s.causal, enable_gqa=gqa)

@@ -247,8 +247,8 @@ def _register(task: _Task) -> None:
     for group, (cls, node) in nodes.items():
         cls.__module__, cls.__qualname__ = PLUGIN_MODULE, cls.__name__
         setattr(module, cls.__name__, cls)
-        plugins.register(cls)
-        node = {"_target_": f"{PLUGIN_MODULE}.{cls.__name__}", **node}
+        plugins.register(cls)  # type: ignore[arg-type]
+        node = {"_target_": f"{PLUGIN_MODULE}.{cls.__name__}", **node}  # type: ignore[dict-item]
         ConfigStore.instance().store(group=f"hydra/{group}", name="gearshift", node=node, provider="gearshift")
 
 

@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from slurm_cluster import TOOL, Cluster, wait_for
+
+from tests import slurm_cluster
+from tests.slurm_cluster import TOOL, Cluster, wait_for
 
 pytestmark = pytest.mark.slurm
 

@@ -15,11 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from slurm_cluster import Cluster, wait_for
-from standin_train import final_state
 
 from launch import slurm
+from tests import slurm_cluster
+from tests.slurm_cluster import Cluster, wait_for
+from tests.standin_train import final_state
 from train import config, rundir
 from train.rundir import RunDir
 

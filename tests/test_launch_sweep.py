@@ -15,11 +15,11 @@ import time
 from pathlib import Path
 
 import pytest
-import slurm_cluster
-from slurm_cluster import CHECKOUT, Cluster, wait_for
-from standin_train import final_state
 
 from launch import sweep
+from tests import slurm_cluster
+from tests.slurm_cluster import CHECKOUT, Cluster, wait_for
+from tests.standin_train import final_state
 from train import rundir
 from train.rundir import RunDir
 

@@ -61,20 +61,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def job(name: str, *overrides: str) -> list[str]:
         return [*SMALL, f"run.root={root}", f"run.name={name}", *overrides]
 
-    ranks.run_jobs(
-        1,
-        [
-            job("single-1"),
-            job("exact-1", *EXACT),
-            job("stopped", "run.stop_at=7"),
-            job("ema-1", *EMA),
-            job("patient", *EMA, "eval.every=2", "eval.patience=1", "optim.lr=0.5"),
-        ],
-    )
+    ranks.run_jobs(1, [
+        job("single-1"), job("exact-1", *EXACT), job("stopped", "run.stop_at=7"), job("ema-1", *EMA),
+        job("patient", *EMA, "eval.every=2", "eval.patience=1", "optim.lr=0.5"),
+    ])  # fmt: skip
     kept = ranks.result(root / "stopped")
     (root / "stopped-first.json").write_text(json.dumps(kept))
     ranks.run_jobs(2, [
-        job("ema-2", *EMA, "strategy=fsdp2"), job("ddp-2", "strategy=ddp"), job("zero2-2", "strategy=zero2"), job("fsdp2-2", "strategy=fsdp2"), job("exact-2", *EXACT),
+        job("ema-2", *EMA, "strategy=fsdp2"),
+        job("ddp-2", "strategy=ddp"), job("zero2-2", "strategy=zero2"), job("fsdp2-2", "strategy=fsdp2"), job("exact-2", *EXACT),
         job("moved", "strategy=zero2", "run.stop_at=7"), job("moved", "strategy=fsdp2", "run.stop_at=12"),
     ])  # fmt: skip
     ranks.run_jobs(3, [

@@ -63,7 +63,9 @@ def config(path: Path, peft: str = "none", **fields: object) -> Config:
 
 
 def loaded(cfg: Config, seed: int = 0) -> nn.Module:
-    return models.initialise(models.build(cfg, INFO), seed)
+    with models.parameters_on_meta():  # as the script does
+        model = models.build(cfg, INFO)
+    return models.initialise(model, seed)
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -366,7 +368,9 @@ def test_a_real_model_from_a_gguf_file() -> None:
     directory = Path(next(iter(spec.submodule_search_locations or [])))
     cfg = config(directory, "lora")
     cfg.model.gguf_file = next(directory.glob("*.gguf")).name
-    model = models.initialise(models.build(cfg, {"vocab_size": 49152}), 0)
+    with models.parameters_on_meta():
+        model = models.build(cfg, {"vocab_size": 49152})
+    models.initialise(model, 0)
     assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == 134_515_008
     from transformers import AutoTokenizer
 

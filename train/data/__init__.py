@@ -78,9 +78,10 @@ def prepare(cfg: Config, say: Callable[[str], None] = print) -> Prepared:
 
     `say` gets a line per thing worth knowing. Raises DataError.
     """
+    weights = None if cfg.model.path is None else _weights(cfg, say)  # first: what is missing costs no tokenising
     prepared: Prepared = _module(cfg.data.kind).prepare(cfg, say)
-    if cfg.model.path is not None:
-        prepared.fingerprints["model"] = _weights(cfg, say)
+    if weights is not None:
+        prepared.fingerprints["model"] = weights
     return prepared
 
 

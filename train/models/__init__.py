@@ -85,7 +85,7 @@ def parameters_on_meta() -> Iterator[None]:
     """Inside, a parameter is on meta from the moment it belongs to a module; buffers compute themselves as ever."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
-        if type(parameter) is not nn.Parameter or parameter.is_meta:
+        if _in_memory or type(parameter) is not nn.Parameter or parameter.is_meta:
             return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
@@ -94,6 +94,20 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+_in_memory = False
+
+
+@contextmanager
+def parameters_in_memory() -> Iterator[None]:
+    """Inside, though that is inside `parameters_on_meta`, parameters hold values: for a loader that reads into them."""
+    global _in_memory
+    before, _in_memory = _in_memory, True
+    try:
+        yield
+    finally:
+        _in_memory = before
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

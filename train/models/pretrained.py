@@ -264,18 +264,19 @@ def _by_transformers(directory: Path, config: Any, cfg: Config) -> Weights:
 
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, found = getattr(transformers, AUTO.get(cfg.task.name, "AutoModel")).from_pretrained(
-            directory,
-            config=config,
-            gguf_file=cfg.model.gguf_file,
-            dtype=torch.float32,
-            use_safetensors=True,
-            weights_only=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        with models.parameters_in_memory():
+            model, found = getattr(transformers, AUTO.get(cfg.task.name, "AutoModel")).from_pretrained(
+                directory,
+                config=config,
+                gguf_file=cfg.model.gguf_file,
+                dtype=torch.float32,
+                use_safetensors=True,
+                weights_only=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except (ValueError, OSError, ImportError) as error:
         raise ModelError(f"model.path={cfg.model.path}: transformers cannot read it: {error}") from error
     invented = set(found["missing_keys"]) | {key[0] for key in found["mismatched_keys"]}

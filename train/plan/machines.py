@@ -39,10 +39,12 @@ def machine_of(hardware: HardwareConfig) -> Machine:
     name = hardware.gpu or cards[0]
     card = find_card(name)
     if card is None:
-        raise ConfigError([
-            f"hardware.gpu={name}: not a card that the planner knows. Known: {', '.join(sorted(CARDS))}. Take the nearest "
-            "one, and set hardware.memory_gib."
-        ])  # fmt: skip
+        raise ConfigError(
+            [
+                f"hardware.gpu={name}: not a card that the planner knows. Known: {', '.join(sorted(CARDS))}. Take the nearest "
+                "one, and set hardware.memory_gib."
+            ]
+        )
     memory = card.memory_gib if hardware.memory_gib is None else min(card.memory_gib, hardware.memory_gib)
     between = hardware.inter_node_gb_s or constants.DEFAULT_INTER_GB_S[card.generation]
     return Machine(
@@ -71,7 +73,9 @@ def precision_of(cfg: Config, machine: Machine) -> str:
 
 def find_card(name: str) -> Card | None:
     """`a100-80gb`, `A100-SXM4-80GB` and `NVIDIA A100-SXM4-80GB` are one card."""
-    plain = re.sub(r"nvidia|geforce|tesla|quadro|sxm\d*|hbm\d*e?|pcie(?=-\d)|generation|ada$|[\s_]", "", name.lower()).strip("-")
+    plain = re.sub(
+        r"nvidia|geforce|tesla|quadro|sxm\d*|hbm\d*e?|pcie(?=-\d)|generation|ada$|[\s_]", "", name.lower()
+    ).strip("-")
     plain = re.sub(r"-+", "-", plain)
     for text in (plain, re.sub(r"-\d+gb$", "", plain), plain.replace("-", "")):
         if text in CARDS:
@@ -87,9 +91,24 @@ def _cpu(hardware: HardwareConfig, nodes: int) -> Machine:
     ram = (hardware.host_ram_gib * GIB) if hardware.host_ram_gib else _ram()
     limit = hardware.memory_gib * GIB if hardware.memory_gib else ram / processes
     full = constants.CPU_CORE_GFLOPS * each / 1e3
-    card = Card(full * constants.CPU_CORE_HALF, full, constants.CPU_BANDWIDTH_GB_S * each, limit / GIB, 15.0 * each, "cpu")
-    return Machine(card, "cpu", processes, nodes, limit, 2e9, 1e9, ram, 10e9, 10e9, 1e9,
-                   hardware.usd_per_device_h, hardware.watts_per_device or card.watts)  # fmt: skip
+    card = Card(
+        full * constants.CPU_CORE_HALF, full, constants.CPU_BANDWIDTH_GB_S * each, limit / GIB, 15.0 * each, "cpu"
+    )
+    return Machine(
+        card,
+        "cpu",
+        processes,
+        nodes,
+        limit,
+        2e9,
+        1e9,
+        ram,
+        10e9,
+        10e9,
+        1e9,
+        hardware.usd_per_device_h,
+        hardware.watts_per_device or card.watts,
+    )
 
 
 @lru_cache(maxsize=1)

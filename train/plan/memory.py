@@ -49,7 +49,9 @@ class Layout:
     pure: bool = False  # weights, gradients and moments all in 16 bits
     step_in_backward: bool = False  # each gradient is applied and freed as it appears
     gathered_twice: bool = True  # weights are dropped after the forward pass and gathered again (full sharding)
-    flat: bool = False  # FSDP1: one flat parameter per block, frozen ones in it, whole gradients held while accumulating
+    flat: bool = (
+        False  # FSDP1: one flat parameter per block, frozen ones in it, whole gradients held while accumulating
+    )
     single_quantisation: bool = False  # NF4 without double quantisation
     quantised_inputs: bool = False  # an old bitsandbytes keeps the input of a 4-bit layer
 
@@ -72,7 +74,10 @@ def device_overhead(allocated: float, ranks: int, device: str) -> dict[str, floa
     """What the device holds beyond tensors: what the allocator reserves and cannot use, and the contexts of its libraries."""
     if device != "cuda":
         return {}
-    overhead = {"allocator reserve": constants.RESERVE_FRACTION * allocated, "CUDA context": constants.CUDA_CONTEXT_BYTES}
+    overhead = {
+        "allocator reserve": constants.RESERVE_FRACTION * allocated,
+        "CUDA context": constants.CUDA_CONTEXT_BYTES,
+    }
     if ranks > 1:
         overhead["communication library"] = constants.NCCL_BYTES
     return overhead
@@ -98,7 +103,9 @@ class Moment:
 
 
 @lru_cache(maxsize=512)
-def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: str, offloaded: bool) -> tuple[tuple[Moment, ...], float]:
+def moments(
+    trace: Trace, micro_batch: int, checkpointing: int, compiled: str, offloaded: bool
+) -> tuple[tuple[Moment, ...], float]:
     """(the moments of a micro-step, bytes of activations that went to the host). Equal sections in the middle of a stack
     are left out: what they hold lies between what their neighbours hold."""
     sections = list(trace.each())
@@ -111,10 +118,14 @@ def moments(trace: Trace, micro_batch: int, checkpointing: int, compiled: str, o
     saved = host = 0.0
     for i, s in enumerate(sections):
         eager = s.forward.kept(micro_batch)
-        fused = compiled != "none" and s.name == "block" or compiled == "all" and s.name == "after"
+        fused = (compiled != "none" and s.name == "block") or (compiled == "all" and s.name == "after")
         whole.append(s.forward.compiled(micro_batch) if fused else eager)  # what is recomputed need not be kept
         if i in shown:
-            extra = max(s.forward.peak(micro_batch) - eager + whole[i], whole[i]) if s.name == "block" or not fused else whole[i]
+            extra = (
+                max(s.forward.peak(micro_batch) - eager + whole[i], whole[i])
+                if s.name == "block" or not fused
+                else whole[i]
+            )
             found.append(Moment(f"forward of {_label(s, i, blocks)}", s, i, False, saved, 0.0, extra, extra))
         own = s.inputs(micro_batch) if i in again else whole[i]
         if offloaded and s.name == "block":
@@ -153,7 +164,11 @@ def _ends(sections: list[Section]) -> set[int]:
 def _label(section: Section, index: int, blocks: list[int]) -> str:
     if section.name == "block":
         return f"block {blocks.index(index) + 1} of {len(blocks)}"
-    return {"before": "the input layers", "after": "the output layer and the loss", "between": "the layers between blocks"}[section.name]
+    return {
+        "before": "the input layers",
+        "after": "the output layer and the loss",
+        "between": "the layers between blocks",
+    }[section.name]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -174,7 +189,13 @@ class _Shape:
     @classmethod
     def of(cls, trace: Trace, layout: Layout) -> _Shape:
         half = 4 if trace.precision == "fp32" else 2
-        return cls(trace, layout, trace.trainable, summed(trace, layout, lambda p, stored: 0.0 if p.trainable else stored), half)
+        return cls(
+            trace,
+            layout,
+            trace.trainable,
+            summed(trace, layout, lambda p, stored: 0.0 if p.trainable else stored),
+            half,
+        )
 
     @property
     def master(self) -> int:
@@ -323,12 +344,16 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     if trace.mode == "autocast" and trace.precision != "fp32":
         held.computing["16-bit copies of weights"] = float(sum(s.repeat * s.copies for s in trace.sections))
     if layout.quantised:
-        biggest = max((p.numel for s in trace.sections if s.name == "block" for p in s.params if not p.trainable), default=0)
+        biggest = max(
+            (p.numel for s in trace.sections if s.name == "block" for p in s.params if not p.trainable), default=0
+        )
         held.computing["4-bit weights unpacked"] = float(x.half * biggest)
     if layout.foreach and layout.offload == "none":
         held.updating["temporary"] = held.updating.get("temporary", 0.0) + x.master * x.trainable * held.share
 
-    activations, offloaded = moments(trace, layout.micro_batch, layout.checkpointing, layout.compile, layout.activation_offload)
+    activations, offloaded = moments(
+        trace, layout.micro_batch, layout.checkpointing, layout.compile, layout.activation_offload
+    )
     if offloaded:
         held.host["saved activations"] = offloaded
     if layout.offload != "none" and layout.strategy in ("fsdp2", "zero3"):
@@ -350,7 +375,9 @@ def holds(trace: Trace, layout: Layout) -> Holding:
         else:
             terms["gradients"] = gradients if whole else held.gradient * done * held.share
         if held.gather and moment.section.name == "block":
-            terms["gathered weights"] = terms.get("gathered weights", 0.0) + (1 + held.ahead) * x.gathered(moment.section, held.gather)
+            terms["gathered weights"] = terms.get("gathered weights", 0.0) + (1 + held.ahead) * x.gathered(
+                moment.section, held.gather
+            )
         if held.reduce and moment.backward:
             here = moment.section.numel(trainable=True)
             if layout.flat:

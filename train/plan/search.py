@@ -26,7 +26,6 @@ from train.plan.timing import Machine
 
 if TYPE_CHECKING:
     from train.config import Config
-    from train.plan.shapes import Trace
 
 ORDER = ("single", "ddp", "fsdp2", "zero1", "zero2", "zero3")  # from the simplest
 SAME = 0.05  # times that differ by less are the same: the predictions' own error
@@ -133,7 +132,10 @@ def search(cfg: Config, info: Mapping[str, Any] | None = None) -> list[Plan]:
     subject = Subject(cfg, info or {})
     machine = machines.machine_of(cfg.hardware)
     precision = machines.precision_of(cfg, machine)
-    found = [_judge(subject, machine, precision, layout, chunked) for layout, chunked in _layouts(cfg, machine, _steps(subject)[0])]
+    found = [
+        _judge(subject, machine, precision, layout, chunked)
+        for layout, chunked in _layouts(cfg, machine, _steps(subject)[0])
+    ]
     fitting = [p for p in found if p.fits]
     failing = sorted((p for p in found if not p.fits), key=_excess)
     if not fitting:
@@ -154,8 +156,15 @@ def _excess(p: Plan) -> float:
 
 
 def _complexity(p: Plan) -> tuple[Any, ...]:
-    return (p.offload != "none", p.offload_parameters, ORDER.index(p.strategy), p.compile, p.chunked_loss,
-            p.activation_checkpointing > 0, p.gradient_accumulation_steps)  # fmt: skip
+    return (
+        p.offload != "none",
+        p.offload_parameters,
+        ORDER.index(p.strategy),
+        p.compile,
+        p.chunked_loss,
+        p.activation_checkpointing > 0,
+        p.gradient_accumulation_steps,
+    )
 
 
 def _layouts(cfg: Config, machine: Machine, length: int | None) -> Iterator[tuple[Layout, bool]]:
@@ -172,7 +181,9 @@ def _layouts(cfg: Config, machine: Machine, length: int | None) -> Iterator[tupl
     chunkings = (s.chunked_loss,) if s.chunked_loss is not None else (False, True) if lm else (False,)
     cuda = machine.device == "cuda"
     fused = s.fused_optimizer if s.fused_optimizer is not None else cuda and cfg.numerics == "fast"
-    worth = auto and cuda and cfg.numerics == "fast" and length is not None  # compiling pays over a run, not over a step
+    worth = (
+        auto and cuda and cfg.numerics == "fast" and length is not None
+    )  # compiling pays over a run, not over a step
     compiles = (False, True) if worth and not s.compile else (s.compile,)
     checkpoints = (0, 1) if auto and s.activation_checkpointing == 0 else (s.activation_checkpointing,)
     for name, offload, with_parameters in _engines(cfg, machine):
@@ -180,25 +191,28 @@ def _layouts(cfg: Config, machine: Machine, length: int | None) -> Iterator[tupl
             for checkpointing in checkpoints:
                 for chunked in chunkings:
                     for compiled in compiles:
-                        yield Layout(
-                            strategy=name,
-                            ranks=ranks,
-                            micro_batch=micro,
-                            accumulation=-(-share // micro),
-                            checkpointing=checkpointing,
-                            offload=offload,
-                            offload_parameters=with_parameters,
-                            activation_offload=s.activation_offload,
-                            compile="blocks" if compiled else "none",
-                            optimizer=cfg.optim.name,
-                            momentum=cfg.optim.momentum > 0,
-                            foreach=not fused and cfg.numerics == "fast" and cfg.optim.name == "adamw",
-                            ema=cfg.optim.ema is not None,
-                            quantised=cfg.peft.name == "qlora",
-                            bucket_bytes=s.bucket_mb * 2**20,
-                            persistence_threshold=s.persistence_threshold,
-                            device=machine.device,
-                        ), bool(chunked)
+                        yield (
+                            Layout(
+                                strategy=name,
+                                ranks=ranks,
+                                micro_batch=micro,
+                                accumulation=-(-share // micro),
+                                checkpointing=checkpointing,
+                                offload=offload,
+                                offload_parameters=with_parameters,
+                                activation_offload=s.activation_offload,
+                                compile="blocks" if compiled else "none",
+                                optimizer=cfg.optim.name,
+                                momentum=cfg.optim.momentum > 0,
+                                foreach=not fused and cfg.numerics == "fast" and cfg.optim.name == "adamw",
+                                ema=cfg.optim.ema is not None,
+                                quantised=cfg.peft.name == "qlora",
+                                bucket_bytes=s.bucket_mb * 2**20,
+                                persistence_threshold=s.persistence_threshold,
+                                device=machine.device,
+                            ),
+                            bool(chunked),
+                        )
 
 
 def _engines(cfg: Config, machine: Machine) -> Iterator[tuple[str, str, bool]]:
@@ -208,7 +222,9 @@ def _engines(cfg: Config, machine: Machine) -> Iterator[tuple[str, str, bool]]:
         yield s.name, s.offload, s.offload_parameters
         return
     cuda = machine.device == "cuda"
-    names = ["single"] if machine.ranks == 1 else ["ddp", "fsdp2", "zero1", "zero2", "zero3"] if cuda else ["ddp", "fsdp2"]
+    names = (
+        ["single"] if machine.ranks == 1 else ["ddp", "fsdp2", "zero1", "zero2", "zero3"] if cuda else ["ddp", "fsdp2"]
+    )
     if cfg.numerics == "exact" or cfg.optim.name == "adamw_8bit":
         names = [n for n in names if n in ("single", "ddp")]
     elif cfg.peft.name == "qlora":

@@ -131,15 +131,25 @@ class Trace:
             return [round(x.base, 1), round(x.each, 1)]
 
         def phase(x: Phase) -> list[Any]:
-            ops = [[o.kind, o.count, line(o.flops), line(o.bytes), [line(d) for d in o.shape], o.half, o.causal, o.again] for o in x.ops]
+            ops = [
+                [o.kind, o.count, line(o.flops), line(o.bytes), [line(d) for d in o.shape], o.half, o.causal, o.again]
+                for o in x.ops
+            ]
             peaks = [[line(y) for y in lines] for lines in (x.peaks, x.peaks_fresh)]
             return [line(x.kept), *peaks, line(x.compiled), line(x.fused), ops]
 
         sections = [
-            [s.name, s.repeat, [[p.numel, p.rows, p.trainable, p.matrix] for p in s.params], phase(s.forward), phase(s.backward),
-             line(s.inputs), s.copies]
+            [
+                s.name,
+                s.repeat,
+                [[p.numel, p.rows, p.trainable, p.matrix] for p in s.params],
+                phase(s.forward),
+                phase(s.backward),
+                line(s.inputs),
+                s.copies,
+            ]
             for s in self.sections
-        ]  # fmt: skip
+        ]
         return {"sections": sections, "precision": self.precision, "mode": self.mode, "tokens": self.tokens}
 
     @classmethod
@@ -158,7 +168,9 @@ class Trace:
             return Phase(Line(*kept), lines(peaks), lines(fresh), Line(*compiled), Line(*fused), made)
 
         sections = tuple(
-            Section(name, repeat, tuple(Param(*p) for p in params), phase(forward), phase(backward), Line(*inputs), copies)
+            Section(
+                name, repeat, tuple(Param(*p) for p in params), phase(forward), phase(backward), Line(*inputs), copies
+            )
             for name, repeat, params, forward, backward, inputs, copies in data["sections"]
         )
         return cls(sections, data["precision"], data["mode"], data["tokens"])

@@ -37,22 +37,53 @@ def render(plans: Sequence[Plan], changes: Sequence[Change] = (), *, others: int
 
 def render_all(experiment: str, rows: Sequence[Row]) -> str:
     """A line per tier: fits or not, how it would run, what it costs, and what changed from the line above."""
-    table = [["hardware", "fits", "layout", "micro x accum x ranks = batch", "GiB of", "tokens/s", "MFU", "days", "USD", "changed"]]
+    table = [
+        [
+            "hardware",
+            "fits",
+            "layout",
+            "micro x accum x ranks = batch",
+            "GiB of",
+            "tokens/s",
+            "MFU",
+            "days",
+            "USD",
+            "changed",
+        ]
+    ]
     before: Plan | None = None
     for row in rows:
         shown = row.plan if row.change is None else row.change.plan
         cells = _layout_cells(shown)
         change = " ".join(row.change.overrides) if row.change is not None else ""
         differs = change or ("" if before is None else _changed(before, shown))
-        table.append([
-            row.hardware, "yes" if row.plan.fits else "no", cells[0], cells[1],
-            f"{shown.peak_memory_gib:.1f} of {shown.limit_gib:.0f}", cells[4], cells[5], _days(shown.hours), _money(shown.usd),
-            differs if row.plan.fits else f"with {change}" if change else "nothing tried fits: " + row.plan.reason,
-        ])  # fmt: skip
+        table.append(
+            [
+                row.hardware,
+                "yes" if row.plan.fits else "no",
+                cells[0],
+                cells[1],
+                f"{shown.peak_memory_gib:.1f} of {shown.limit_gib:.0f}",
+                cells[4],
+                cells[5],
+                _days(shown.hours),
+                _money(shown.usd),
+                differs if row.plan.fits else f"with {change}" if change else "nothing tried fits: " + row.plan.reason,
+            ]
+        )
         before = shown
-    lines = [f"{experiment}: the same experiment on every tier; no line changes what is learned unless it says so.", "", *_table(table)]
-    kinds = dict.fromkeys(name for row in rows for name in sorted(row.plan.memory_gib, key=lambda n: -row.plan.memory_gib[n]))
-    held = [[kind, *(f"{row.plan.memory_gib[kind]:.1f}" if kind in row.plan.memory_gib else "-" for row in rows)] for kind in kinds]
+    lines = [
+        f"{experiment}: the same experiment on every tier; no line changes what is learned unless it says so.",
+        "",
+        *_table(table),
+    ]
+    kinds = dict.fromkeys(
+        name for row in rows for name in sorted(row.plan.memory_gib, key=lambda n: -row.plan.memory_gib[n])
+    )
+    held = [
+        [kind, *(f"{row.plan.memory_gib[kind]:.1f}" if kind in row.plan.memory_gib else "-" for row in rows)]
+        for kind in kinds
+    ]
     lines += ["", "GiB of a device at its peak, by kind:", *_table([["", *(row.hardware for row in rows)], *held])]
     lines += _published(experiment, rows)
     return "\n".join(lines)
@@ -63,8 +94,10 @@ def render_all(experiment: str, rows: Sequence[Row]) -> str:
 
 def _head(p: Plan) -> str:
     trained = "" if p.trainable == p.parameters else f", {_count(p.trainable)} of them trained"
-    return (f"{'Fits' if p.fits else 'Does not fit'} {p.hardware} ({p.ranks} {'device' if p.ranks == 1 else 'devices'}, "
-            f"{p.limit_gib:.1f} GiB each): {_count(p.parameters)} parameters{trained}, {p.precision}.")  # fmt: skip
+    return (
+        f"{'Fits' if p.fits else 'Does not fit'} {p.hardware} ({p.ranks} {'device' if p.ranks == 1 else 'devices'}, "
+        f"{p.limit_gib:.1f} GiB each): {_count(p.parameters)} parameters{trained}, {p.precision}."
+    )
 
 
 def _memory(p: Plan) -> list[str]:
@@ -72,8 +105,10 @@ def _memory(p: Plan) -> list[str]:
     bar, scale = "", WIDTH / max(p.limit_gib, p.peak_memory_gib)
     for letter, name in zip(LETTERS * 2, names):
         bar += letter * round(p.memory_gib[name] * scale)
-    lines = [f"Memory of a device at its peak ({p.moment}): {p.peak_memory_gib:.2f} of {p.limit_gib:.1f} GiB",
-             f"  [{bar[:WIDTH]:<{WIDTH}}]"]  # fmt: skip
+    lines = [
+        f"Memory of a device at its peak ({p.moment}): {p.peak_memory_gib:.2f} of {p.limit_gib:.1f} GiB",
+        f"  [{bar[:WIDTH]:<{WIDTH}}]",
+    ]
     lines += [f"  {letter} {name:<32} {p.memory_gib[name]:9.2f} GiB" for letter, name in zip(LETTERS * 2, names)]
     if p.host_gib:
         held = ", ".join(f"{name} {value:.0f}" for name, value in p.host_gib.items())
@@ -88,7 +123,9 @@ def _time(p: Plan) -> list[str]:
     lines += [f"  {name:<34} {value / p.step_s:6.0%}" for name, value in parts if value / p.step_s >= 0.005]
     if p.hours is not None and p.device_hours is not None and p.kwh is not None:
         cost = "" if p.usd is None else f", {_money(p.usd)}"
-        lines.append(f"Run: {p.steps:,} steps, {_hours(p.hours)}, {p.device_hours:,.1f} device-hours, {p.kwh:,.1f} kWh{cost}")
+        lines.append(
+            f"Run: {p.steps:,} steps, {_hours(p.hours)}, {p.device_hours:,.1f} device-hours, {p.kwh:,.1f} kWh{cost}"
+        )
     lines.append(f"MFU: {MFU_FORMULA}.")
     return lines
 
@@ -100,8 +137,10 @@ def _changes(changes: Sequence[Change]) -> list[str]:
     for change in changes:
         what = " (changes what is learned)" if change.learns else ""
         time = "" if change.plan.hours is None else f", {_hours(change.plan.hours)}"
-        lines.append(f"  {' '.join(change.overrides):<40} {change.plan.strategy}, {change.plan.peak_memory_gib:.1f} GiB{time}, "
-                     f"{_money(change.plan.usd)}{what}")  # fmt: skip
+        lines.append(
+            f"  {' '.join(change.overrides):<40} {change.plan.strategy}, {change.plan.peak_memory_gib:.1f} GiB{time}, "
+            f"{_money(change.plan.usd)}{what}"
+        )
     return lines
 
 
@@ -114,7 +153,9 @@ def _published(experiment: str, rows: Sequence[Row]) -> list[str]:
     lines = ["", f"{name}, published: {hours:,} GPU-hours on A100-80GB ({note})."]
     if widest.device_hours is not None:
         off = widest.device_hours / hours - 1
-        lines.append(f"Planned on {rows[-1].hardware}: {widest.device_hours:,.0f} GPU-hours ({off:+.0%}), {_money(widest.usd)}.")
+        lines.append(
+            f"Planned on {rows[-1].hardware}: {widest.device_hours:,.0f} GPU-hours ({off:+.0%}), {_money(widest.usd)}."
+        )
     total, quoted = constants.LLAMA2_HOURS, constants.LLAMA2_QUOTED_USD
     price = widest.usd / widest.device_hours if widest.usd and widest.device_hours else None
     if price is not None:
@@ -133,7 +174,9 @@ def _layout_cells(p: Plan) -> list[str]:
     if p.offload != "none":
         levers.append(f"{p.offload} offload" + (" of weights too" if p.offload_parameters else ""))
     if p.activation_checkpointing:
-        levers.append("checkpointing" if p.activation_checkpointing == 1 else f"checkpointing 1/{p.activation_checkpointing}")
+        levers.append(
+            "checkpointing" if p.activation_checkpointing == 1 else f"checkpointing 1/{p.activation_checkpointing}"
+        )
     if p.chunked_loss:
         levers.append("chunked loss")
     if p.compile:
@@ -142,17 +185,30 @@ def _layout_cells(p: Plan) -> list[str]:
     batch = f"{p.micro_batch_size} x {p.gradient_accumulation_steps} x {p.ranks} = {p.global_batch_size}"
     batch += "" if covered == p.global_batch_size else f" (+{covered - p.global_batch_size} empty)"
     rate = f"{p.tokens_per_s:,.0f}" if p.tokens_per_s is not None else f"{p.samples_per_s:,.0f}/s"
-    return [" + ".join(levers), batch, f"{p.peak_memory_gib:.1f}", _seconds(p.step_s), rate, f"{p.mfu:.0%}",
-            _hours(p.hours) if p.hours is not None else "?", _money(p.usd)]  # fmt: skip
+    return [
+        " + ".join(levers),
+        batch,
+        f"{p.peak_memory_gib:.1f}",
+        _seconds(p.step_s),
+        rate,
+        f"{p.mfu:.0%}",
+        _hours(p.hours) if p.hours is not None else "?",
+        _money(p.usd),
+    ]
 
 
 def _changed(before: Plan, now: Plan) -> str:
     """What differs between two layouts, none of which changes the math."""
-    pairs = (("ranks", before.ranks, now.ranks), ("strategy", before.strategy, now.strategy),
-             ("micro-batch", before.micro_batch_size, now.micro_batch_size), ("offload", before.offload, now.offload),
-             ("checkpointing", before.activation_checkpointing, now.activation_checkpointing),
-             ("chunked loss", before.chunked_loss, now.chunked_loss), ("compiled", before.compile, now.compile),
-             ("precision", before.precision, now.precision))  # fmt: skip
+    pairs = (
+        ("ranks", before.ranks, now.ranks),
+        ("strategy", before.strategy, now.strategy),
+        ("micro-batch", before.micro_batch_size, now.micro_batch_size),
+        ("offload", before.offload, now.offload),
+        ("checkpointing", before.activation_checkpointing, now.activation_checkpointing),
+        ("chunked loss", before.chunked_loss, now.chunked_loss),
+        ("compiled", before.compile, now.compile),
+        ("precision", before.precision, now.precision),
+    )
     return ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
 
 

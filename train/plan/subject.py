@@ -88,7 +88,11 @@ class Subject:
                 shape["path"] = hashlib.sha256(config.read_bytes()).hexdigest()
         rows = (cfg.data.kind, cfg.data.seq_len, cfg.data.image_size, cfg.data.pack)
         facts = {k: self.facts[k] for k in ("vocab_size", "num_classes", "channels") if k in self.facts}
-        peft = (cfg.peft.name != "none", cfg.peft.r, cfg.peft.dropout, cfg.peft.target_modules) if cfg.peft.name != "none" else ()
+        peft = (
+            (cfg.peft.name != "none", cfg.peft.r, cfg.peft.dropout, cfg.peft.target_modules)
+            if cfg.peft.name != "none"
+            else ()
+        )
         task = (cfg.task.name, cfg.task.class_weights is None, cfg.task.dice_weight > 0, cfg.task.label_smoothing > 0)
         everything = [VERSION, _versions(), task, shape, rows, facts, peft, precision, mode, chunked, device]
         return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:32]
@@ -109,15 +113,26 @@ class Subject:
             with models.keyed(module, batch, cfg.seed):
                 return task.loss(module, batch)[0]
 
-        return trace(task.build_model, models.blocks, self._batch, loss, precision=precision, mode=mode,
-                     tokens=self.tokens, device=device)  # fmt: skip
+        return trace(
+            task.build_model,
+            models.blocks,
+            self.batch,
+            loss,
+            precision=precision,
+            mode=mode,
+            tokens=self.tokens,
+            device=device,
+        )
 
-    def _batch(self, size: int) -> dict[str, Any]:
+    def batch(self, size: int) -> dict[str, Any]:
         """A micro-batch of the shapes that the loader makes; only shapes count."""
         import torch
 
         cfg = self.cfg
-        batch = {"weight": torch.ones(size), **{k: torch.zeros(size, dtype=torch.long) for k in ("sample", "epoch", "index")}}
+        batch = {
+            "weight": torch.ones(size),
+            **{k: torch.zeros(size, dtype=torch.long) for k in ("sample", "epoch", "index")},
+        }
         if cfg.data.kind in ("text", "chat"):
             row = (size, cfg.data.seq_len)
             batch |= {k: torch.zeros(row, dtype=torch.long) for k in ("input_ids", "labels")}
@@ -135,6 +150,7 @@ class Subject:
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
+
 
 @cache_once
 def _versions() -> list[str]:

@@ -67,7 +67,16 @@ class Step:
 
 def step_time(trace: Trace, layout: Layout, machine: Machine, speed: Speed = SPEED) -> Step:
     """The time of a step of every rank, under `layout` on `machine`."""
-    compute = computing(trace, layout.micro_batch, layout.checkpointing, layout.compile, layout.quantised, machine.card, machine.device, speed)
+    compute = computing(
+        trace,
+        layout.micro_batch,
+        layout.checkpointing,
+        layout.compile,
+        layout.quantised,
+        machine.card,
+        machine.device,
+        speed,
+    )
     parts = {name: value * layout.accumulation for name, value in compute.parts.items()}
     backward = compute.backward
     exposed = communication(trace, layout, machine, speed, compute.seconds, backward)
@@ -98,9 +107,24 @@ class Compute:
 
 
 @lru_cache(maxsize=4096)
-def computing(trace: Trace, micro_batch: int, checkpointing: int, compiled: str, quantised: bool, card: Card, device: str, speed: Speed) -> Compute:
+def computing(
+    trace: Trace,
+    micro_batch: int,
+    checkpointing: int,
+    compiled: str,
+    quantised: bool,
+    card: Card,
+    device: str,
+    speed: Speed,
+) -> Compute:
     """Forward, backward and recomputation of one micro-batch."""
-    parts = {"matrix products": 0.0, "attention": 0.0, "memory traffic": 0.0, "kernel launches": 0.0, "recomputation": 0.0}
+    parts = {
+        "matrix products": 0.0,
+        "attention": 0.0,
+        "memory traffic": 0.0,
+        "kernel launches": 0.0,
+        "recomputation": 0.0,
+    }
     backward_total = 0.0
     blocks = 0
     for section in trace.sections:
@@ -110,12 +134,24 @@ def computing(trace: Trace, micro_batch: int, checkpointing: int, compiled: str,
         again, repeated = 0, forward
         if section.name == "block":
             if checkpointing:
-                repeated = _phase(section, replace(section.forward, ops=tuple(replace(o, count=o.again) for o in section.forward.ops)),
-                                  micro_batch, fused, False, card, device, speed)  # fmt: skip
+                repeated = _phase(
+                    section,
+                    replace(section.forward, ops=tuple(replace(o, count=o.again) for o in section.forward.ops)),
+                    micro_batch,
+                    fused,
+                    False,
+                    card,
+                    device,
+                    speed,
+                )
                 again = len([i for i in range(blocks, blocks + section.repeat) if i % checkpointing == 0])
             blocks += section.repeat
         if quantised and section.name == "block":
-            unpack = sum(p.numel for p in section.params if p.matrix and not p.trainable) * 2.5 / (card.bandwidth_gb_s * 1e9 * speed.bandwidth)
+            unpack = (
+                sum(p.numel for p in section.params if p.matrix and not p.trainable)
+                * 2.5
+                / (card.bandwidth_gb_s * 1e9 * speed.bandwidth)
+            )
             forward["memory traffic"] += unpack
             backward["memory traffic"] += unpack
         for name in ("matrix products", "attention", "memory traffic", "kernel launches"):
@@ -125,7 +161,9 @@ def computing(trace: Trace, micro_batch: int, checkpointing: int, compiled: str,
     return Compute(parts, backward_total)
 
 
-def _phase(section: Section, phase: Phase, micro_batch: int, fused: bool, backward: bool, card: Card, device: str, speed: Speed) -> dict[str, float]:
+def _phase(
+    section: Section, phase: Phase, micro_batch: int, fused: bool, backward: bool, card: Card, device: str, speed: Speed
+) -> dict[str, float]:
     """Seconds of one pass of a section, by kind."""
     found = {"matrix products": 0.0, "attention": 0.0, "memory traffic": 0.0}
     bandwidth = card.bandwidth_gb_s * 1e9 * speed.bandwidth
@@ -142,7 +180,9 @@ def _phase(section: Section, phase: Phase, micro_batch: int, fused: bool, backwa
         flops = op.flops(micro_batch)
         if op.kind == "attention":
             rate = peak * (speed.attention_hopper if hopper else speed.attention)
-            done = flops * (0.5 if op.causal else 1.0) * (1.25 if backward else 1.0)  # the backward computes scores again
+            done = (
+                flops * (0.5 if op.causal else 1.0) * (1.25 if backward else 1.0)
+            )  # the backward computes scores again
             name = "attention"
         else:
             rate = peak * (speed.matmul_hopper if hopper else speed.matmul) / _narrowness(op, micro_batch, speed)
@@ -175,7 +215,9 @@ def _collective(size: float, machine: Machine, speed: Speed, calls: int) -> floa
     return max(within, between) + calls * speed.rank_s * (1 + (machine.nodes > 1))
 
 
-def communication(trace: Trace, layout: Layout, machine: Machine, speed: Speed, compute: float, backward: float) -> float:
+def communication(
+    trace: Trace, layout: Layout, machine: Machine, speed: Speed, compute: float, backward: float
+) -> float:
     """Seconds of a step that ranks wait for each other's data. compute, backward: of one micro-step."""
     if machine.ranks == 1:
         return 0.0

@@ -80,7 +80,9 @@ def trace(
         if mode == "weights" and half is not None:
             module.register_forward_pre_hook(_cast_inputs(half), with_kwargs=True)
         for size in SIZES:
-            runs.append(_run(module, blocks(module), batch(size), loss, precision if mode == "autocast" else "fp32", device))
+            runs.append(
+                _run(module, blocks(module), batch(size), loss, precision if mode == "autocast" else "fp32", device)
+            )
     sections = [_join(a, b, repeats) for a, b in zip(*runs, strict=True)]
     return Trace(tuple(sections), precision, mode, tokens)
 
@@ -125,7 +127,11 @@ def _place(module: nn.Module, cast: torch.dtype | None) -> None:
                 if old is None:
                     continue
                 if id(old) not in made:
-                    dtype = cast if cast is not None and old.is_floating_point() and isinstance(old, nn.Parameter) else old.dtype
+                    dtype = (
+                        cast
+                        if cast is not None and old.is_floating_point() and isinstance(old, nn.Parameter)
+                        else old.dtype
+                    )
                     new = torch.empty(old.shape, dtype=dtype, device="cpu")
                     made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
                 store[name] = made[id(old)]  # type: ignore[assignment]
@@ -261,11 +267,21 @@ def _hull(lines: list[Line]) -> tuple[Line, ...]:
 # --------------------------------------------------------------------------------------------------------------------
 
 _MATMULS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::convolution", "aten::convolution_backward")
-_ATTENTION = ("aten::_scaled_dot_product_flash_attention_for_cpu",
-              "aten::_scaled_dot_product_flash_attention_for_cpu_backward")  # fmt: skip
+_ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+)
 # Not fused into its neighbours by a compiler and not recomputed: with the matmuls, where recomputation starts from.
-_GATHERS = ("aten::embedding", "aten::embedding_dense_backward", "aten::index", "aten::index_put", "aten::sort",
-            "aten::topk", "aten::max_pool2d_with_indices", "aten::max_pool2d_with_indices_backward")  # fmt: skip
+_GATHERS = (
+    "aten::embedding",
+    "aten::embedding_dense_backward",
+    "aten::index",
+    "aten::index_put",
+    "aten::sort",
+    "aten::topk",
+    "aten::max_pool2d_with_indices",
+    "aten::max_pool2d_with_indices_backward",
+)
 _NOTHING = ("prim::device", "aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
 
 
@@ -364,8 +380,12 @@ class _Tape(TorchDispatchMode):
     def close(self) -> None:
         """The backward is over: give every section its parameters, those outside blocks to where they are first used."""
         self._end()
-        linear = {id(m.weight) for m in self.module.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)
-                  and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")}  # fmt: skip
+        linear = {
+            id(m.weight)
+            for m in self.module.modules()
+            if isinstance(getattr(m, "weight", None), nn.Parameter)
+            and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+        }
         owner = {id(p): index for index, block in enumerate(self.blocks) for p in block.parameters()}
         parts = {part.block: part for part in self.parts if part.block >= 0}
         for p in self.module.parameters():
@@ -428,7 +448,9 @@ class _Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
-        if name == "aten::_local_scalar_dense":  # a test of values: models ask whether nothing is masked, and nothing is
+        if (
+            name == "aten::_local_scalar_dense"
+        ):  # a test of values: models ask whether nothing is masked, and nothing is
             return {torch.bool: True}.get(args[0].dtype, 1)
         out = func(*args, **(kwargs or {}))
         if func.is_view:
@@ -542,15 +564,47 @@ class _CudaAutocast(TorchFunctionMode):
     WIDENED = frozenset(
         getattr(owner, name)
         for owner, names in (
-            (F, ("layer_norm", "group_norm", "softmax", "log_softmax", "cross_entropy", "nll_loss", "mse_loss", "l1_loss",
-                 "binary_cross_entropy_with_logits", "normalize", "cosine_similarity")),
-            (torch, ("layer_norm", "group_norm", "softmax", "log_softmax", "pow", "rsqrt", "exp", "log", "norm", "sum",
-                     "prod", "cumsum", "reciprocal")),
-            (Tensor, ("softmax", "log_softmax", "pow", "rsqrt", "exp", "log", "norm", "sum", "prod", "cumsum",
-                      "reciprocal")),
+            (
+                F,
+                (
+                    "layer_norm",
+                    "group_norm",
+                    "softmax",
+                    "log_softmax",
+                    "cross_entropy",
+                    "nll_loss",
+                    "mse_loss",
+                    "l1_loss",
+                    "binary_cross_entropy_with_logits",
+                    "normalize",
+                    "cosine_similarity",
+                ),
+            ),
+            (
+                torch,
+                (
+                    "layer_norm",
+                    "group_norm",
+                    "softmax",
+                    "log_softmax",
+                    "pow",
+                    "rsqrt",
+                    "exp",
+                    "log",
+                    "norm",
+                    "sum",
+                    "prod",
+                    "cumsum",
+                    "reciprocal",
+                ),
+            ),
+            (
+                Tensor,
+                ("softmax", "log_softmax", "pow", "rsqrt", "exp", "log", "norm", "sum", "prod", "cumsum", "reciprocal"),
+            ),
         )
         for name in names
-    )  # fmt: skip
+    )
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

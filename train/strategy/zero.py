@@ -168,7 +168,9 @@ class Zero(Strategy):
         optimizer = make_optimizer(self.trainable())
         self.engine, _ = self.accelerator.prepare(self.module, optimizer)
         if type(self.engine).__name__ != "DeepSpeedEngine":
-            raise Mismatch(f"strategy: asked {self.name}, got {type(self.engine).__name__}: Accelerate ignored DeepSpeed")
+            raise Mismatch(
+                f"strategy: asked {self.name}, got {type(self.engine).__name__}: Accelerate ignored DeepSpeed"
+            )
         self.model, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero
         if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
