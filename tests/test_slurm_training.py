@@ -1,0 +1,246 @@
+"""Real training on a real Slurm: the laws through time limits, preemption, dead nodes and changing sizes.
+
+`numerics=exact` makes a run's final state a matter of equality: one lost, repeated or reordered sample would show. Faults
+by the dozen, on a stand-in for the training, are in `test_launch_slurm.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from launch import slurm
+from tests import ranks, slurm_cluster
+from tests.slurm_cluster import CHECKOUT, Cluster, wait_for
+from train import checkpoint, config, data, ledger, rundir
+from train.order import Order
+from train.rundir import RunDir
+
+pytestmark = [pytest.mark.slurm, pytest.mark.ranks]
+
+SMALL = [
+    "experiment=lm_stdlib", "hardware=cpu", "tracker=none", "train.precision=fp32", "optim.lr=1e-3", "log.every=1",
+    "model.num_layers=2", "model.hidden_size=32", "model.num_heads=2", "data.seq_len=64", "data.tokenizer=bytes",
+    "eval.max_samples=16", "eval.samples=0", "strategy.persistence_threshold=0", "slurm.time=10",
+]  # fmt: skip
+FAST = ["train.max_steps=20", "train.global_batch_size=8"]
+EXACT = ["numerics=exact", "train.max_steps=120", "train.global_batch_size=12", "checkpoint.every=10"]
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with slurm_cluster.start("--nodes", "4") as running:
+        yield running
+
+
+@pytest.fixture
+def free(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
+    for key in ("PATH", "SLURM_CONF", "GEARSHIFT_DEVCLUSTER"):
+        monkeypatch.setenv(key, cluster.env[key])
+    cluster.idle()
+    return cluster
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    text = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        lines = (f"def f_{number}_{line}(x):\n    return x + {line * number}\n" for line in range(20))
+        (text / f"{number}.py").write_text("\n".join(lines))
+    return [*SMALL, f"data.path={text}"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same runs in one process and without any fault."""
+    root = tmp_path_factory.mktemp("unbroken")
+    jobs = {"fast": FAST, "exact": EXACT, "long": [*FAST, "train.max_steps=400"]}
+    ranks.run_jobs(1, [[*settings, *words, f"run.root={root}", f"run.name={name}"] for name, words in jobs.items()])
+    return root
+
+
+class Job:
+    """A run that `gearshift run` submitted."""
+
+    def __init__(self, cluster: Cluster, root: Path, *words: str) -> None:
+        self.cluster, self.run = cluster, RunDir(root / "r")
+        command = [sys.executable, "-m", "launch", "run", "slurm=devcluster", f"run.root={root}", "run.name=r", *words]
+        self.submitted = time.monotonic()
+        done = subprocess.run(command, env=cluster.env, cwd=CHECKOUT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+        self.id = slurm.state(self.run)["job"]
+
+    def steps(self) -> list[dict]:
+        return rundir.read_jsonl(self.run.ledger)
+
+    def kinds(self, kind: str) -> list[dict]:
+        return [event for event in rundir.read_jsonl(self.run.events) if event["kind"] == kind]
+
+    def attempt_at(self, attempt: int, step: int = 1, timeout: float = 90) -> None:
+        """Wait until an attempt has completed a step."""
+        wait_for(lambda: any(s["attempt"] >= attempt and s["step"] >= step for s in self.steps()), timeout, self.log)
+
+    def ends(self, timeout: float = 150) -> dict:
+        facts = self.cluster.wait(self.id, timeout=timeout)
+        assert facts["JobState"] == "COMPLETED", self.log()
+        return self.run.result()
+
+    def clean(self) -> None:
+        """Every sample exactly once, and checkpoints that are whole."""
+        cfg = config.load(self.run.path)
+        train_sets, _ = data.open_datasets(data.prepare(cfg, lambda _: None), cfg)
+        order = Order([len(d) for d in train_sets], data.weights(cfg), cfg.train.global_batch_size, cfg.seed)
+        resumed = {event["attempt"]: event["step"] for event in self.kinds("start") + self.kinds("resume")}
+        assert not ledger.check(self.steps(), resumed, order, self.run.result()["steps"])
+        for step in checkpoint.committed(self.run):
+            checkpoint.Reader(self.run.checkpoint(step)).verify()
+
+    def seamless(self) -> None:
+        """No step was done twice: a notice costs nothing."""
+        attempts = sorted({line["attempt"] for line in self.steps()})
+        spans = [[line["step"] for line in self.steps() if line["attempt"] == number] for number in attempts]
+        assert all(after[0] == before[-1] + 1 for before, after in pairwise(spans)), self.log()
+
+    def log(self) -> str:
+        return "\n".join(path.read_text() for path in self.run.logs.glob("slurm-*.log"))
+
+
+def differences(run: Path, reference: Path) -> tuple[float, float]:
+    """Largest relative difference of losses and of gradient norms, step by step; of a step the last attempt counts."""
+    a, b = ({row["step"]: row for row in rundir.read_jsonl(path / "metrics.jsonl")} for path in (run, reference))
+    assert a.keys() == b.keys()
+    loss = max(abs(a[step]["loss"] - b[step]["loss"]) / abs(b[step]["loss"]) for step in a)
+    norm = max(abs(a[step]["grad_norm"] - b[step]["grad_norm"]) / b[step]["grad_norm"] for step in a)
+    return loss, norm
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "fsdp2"])
+def test_two_nodes_train_like_one_process(free, settings, unbroken, tmp_path, strategy):
+    job = Job(free, tmp_path, *settings, *FAST, "hardware.nodes=2", f"strategy={strategy}")
+    result = job.ends()
+    assert (result["engine"]["strategy"], result["engine"]["world_size"]) == (strategy, 2)
+    loss, norm = differences(job.run.path, unbroken / "fast")
+    assert loss <= 1e-5
+    assert norm <= 1e-3
+    job.clean()
+
+
+def test_notices_cost_nothing(free, settings, unbroken, tmp_path):
+    """Three allocations ended by notice, one of them during import: the last state is that of the unbroken run."""
+    job = Job(free, tmp_path, *settings, *EXACT, "hardware.nodes=2", "checkpoint.every=null")
+    wait_for(lambda: job.kinds("launch"), 30, job.log)
+    time.sleep(1)  # the ranks import
+    free.run("scancel", "-s", "USR1", "--batch", job.id)
+    for attempt, step in ((2, 20), (3, 60)):
+        job.attempt_at(attempt, step)
+        free.run("scancel", "-s", "USR1", "--batch", job.id)
+    result = job.ends()
+    assert [event["cause"] for event in job.kinds("settle")] == ["time limit"] * 3 + ["finished"]
+    assert result["state_hash"] == ranks.result(unbroken / "exact")["state_hash"]
+    job.seamless()
+    job.clean()
+
+
+@pytest.mark.slow
+def test_a_real_time_limit(free, settings, tmp_path):
+    words = [*settings, *EXACT, "train.max_steps=900", "checkpoint.every=null", "hardware.nodes=2"]
+    job = Job(free, tmp_path, *words, "slurm.time=1", "slurm.signal_s=10")
+    job.attempt_at(2, timeout=150)
+    free.run("scancel", "-s", "USR1", "--batch", job.id)
+    job.attempt_at(3)
+    free.run("scancel", "-s", "USR1", "--batch", job.id)
+    job.ends(timeout=300)
+    job.seamless()
+    job.clean()
+
+
+@pytest.mark.parametrize("partition", ["preempt", "grace"])
+def test_preemption_costs_nothing(free, settings, unbroken, tmp_path, partition):
+    words = [*settings, *EXACT, "checkpoint.every=null", "slurm.cpus_per_task=4"]
+    job = Job(free, tmp_path, *words, "hardware.nodes=4", f"slurm.partition={partition}")
+    job.attempt_at(1, 10)
+    free.run("srun", "-N4", "-c4", "true")
+    result = job.ends()
+    assert result["attempt"] == 2
+    assert result["state_hash"] == ranks.result(unbroken / "exact")["state_hash"]
+    job.seamless()
+    job.clean()
+
+
+def test_scancel_saves_and_ends(free, settings, tmp_path):
+    job = Job(free, tmp_path, *settings, *EXACT, "hardware.nodes=2", "checkpoint.every=null")
+    job.attempt_at(1, 10)
+    free.run("scancel", job.id)
+    facts = free.wait(job.id)
+    assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
+    assert job.run.result()["status"] == "stopped", job.log()
+    assert checkpoint.committed(job.run) == [job.steps()[-1]["step"]]
+
+
+@pytest.mark.parametrize("fault", ["rank", "kill", "poweroff", "cut"])
+def test_a_loss_costs_less_than_an_interval(free, settings, unbroken, tmp_path, fault):
+    """A rank is killed; a node dies, loudly or silently, or is cut off while its processes live on."""
+    job = Job(free, tmp_path, *settings, *EXACT, "hardware.nodes=2")
+    job.attempt_at(1, 25)
+    node = free.run("scontrol", "show", "hostnames", free.job(job.id)["NodeList"]).split()[1]
+    lost_at = time.monotonic()
+    if fault == "rank":
+        os.kill(_rank(1), 9)
+    else:
+        free.tool("node", fault, node)
+    wait_for(lambda: len(job.kinds("launch")) > 1, 90, job.log)
+    noticed = time.monotonic() - lost_at
+    if fault == "cut":
+        job.attempt_at(2)
+        free.tool("node", "heal", node)
+    result = job.ends()
+    assert noticed < 60
+    assert result["state_hash"] == ranks.result(unbroken / "exact")["state_hash"]
+    job.clean()
+    first = max(line["step"] for line in job.steps() if line["attempt"] == 1)
+    again = next(event["step"] for event in job.kinds("resume"))
+    assert 0 <= first - again <= 10
+
+
+def _rank(number: int) -> int:
+    """The process of a rank on this machine, wherever its namespace is."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes().split(b"\0")
+            words = (directory / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={number}".encode() in environment and b"accelerate.commands.launch" not in words and b"-m" in words:
+            return int(directory.name)
+    raise AssertionError(f"no rank {number}")
+
+
+@pytest.mark.slow
+def test_it_takes_what_it_is_granted(free, settings, unbroken, tmp_path):
+    """Four nodes, then two when two have died, then four again at the next start: one run, one curve."""
+    words = [*settings, *FAST, "train.max_steps=400", "checkpoint.every=10", "strategy=fsdp2"]
+    job = Job(free, tmp_path, *words, "hardware.nodes=2-4")
+    job.attempt_at(1, 5)
+    nodes = free.run("scontrol", "show", "hostnames", free.job(job.id)["NodeList"]).split()
+    for node in nodes[2:]:
+        free.tool("node", "kill", node)
+    free.run("scontrol", "update", f"nodename={','.join(nodes[2:])}", "state=down", "reason=test")
+    wait_for(lambda: job.kinds("resume"), 90, job.log)
+    for node in nodes[2:]:
+        free.tool("node", "start", node)
+    wait_for(lambda: len(free.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle").splitlines()) == 2, 30)
+    free.run("scancel", "-s", "USR1", "--batch", job.id)
+    result = job.ends()
+    assert [event["nodes"] for event in job.kinds("launch")] == [4, 2, 4]
+    assert [event["world_size"] for event in job.kinds("start") + job.kinds("resume")] == [4, 2, 4]
+    assert result["math_hash"] == ranks.result(unbroken / "long")["math_hash"]
+    loss, norm = differences(job.run.path, unbroken / "long")
+    assert loss <= 1e-4  # 400 steps
+    assert norm <= 1e-2
+    job.clean()
