@@ -266,8 +266,9 @@ def main() -> None:
 
     lines = [
         f"# The same curve on every engine\n\nMeasured {datetime.date.today()}, torch {torch.__version__}, CPU, gloo, by "
-        f"`python benchmarks/equivalence.py {' '.join(sys.argv[1:])}`. Largest relative difference over all 50 steps to one plain process; "
-        "the bounds are in DESIGN's recipe: floor 1e-6, losses 1e-5, gradient norms 1e-3, masters 1e-5 in fp32; 1e-2 and 5e-2 in bf16.\n"
+        f"`python benchmarks/equivalence.py {' '.join(sys.argv[1:])}`. Largest relative difference over all 50 steps to one "
+        "plain process. Bounds: in fp32 floor 1e-6, losses 1e-5, gradient norms 1e-3, masters 1e-5; in bf16 losses 1e-2, "
+        "gradient norms 5e-2.\n"
     ]
     for precision in dict.fromkeys(c.precision for c in cells):
         lines += [f"\n## {precision}\n", *table({c: r for c, r in results.items() if c.precision == precision})]

@@ -139,7 +139,7 @@ class FusedQKV(nn.Linear):
             return out
         after = F.linear(F.dropout(x, self.s.dropout) if self.s.dropout else x, self.lora_a)
         parts, row = [], 0
-        for i, on in enumerate(o for o in self.on if o):
+        for i in range(sum(map(bool, self.on))):
             width = [w for w, o in zip(self.widths, self.on) if o][i]
             parts.append(F.linear(after[..., i * self.s.rank : (i + 1) * self.s.rank], self.lora_b[row : row + width]))
             row += width

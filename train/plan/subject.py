@@ -104,7 +104,7 @@ class Subject:
 
         cfg = copy.deepcopy(self.cfg)
         cfg.strategy.chunked_loss = chunked
-        cfg.train.precision = cfg.train.precision if cfg.train.precision == precision else precision  # frozen weights
+        cfg.train.precision = precision  # type: ignore[assignment]  # of the frozen weights
         if cfg.peft.name == "qlora":
             cfg.peft.name = "lora"  # packing is arithmetic on the frozen weights; the packed ones cannot be faked
         task = tasks.TASKS[cfg.task.name](cfg, Prepared(cfg.data.kind, Path(), {}, self.facts))

@@ -236,9 +236,7 @@ def communication(
         reductions = layout.accumulation if layout.strategy == "zero2" else 1
         reduced = reductions * exposed(_collective(4.0 * trainable, machine, speed, buckets), backward)
         return reduced + _collective(half * trainable, machine, speed, buckets)
-    gathered = half * trace.numel()
-    if layout.quantised:
-        gathered = 0.55 * trace.numel()
+    gathered = (0.55 if layout.quantised else half) * trace.numel()
     times = 2 if layout.gathered_twice else 1
     gather = times * _collective(gathered, machine, speed, blocks)
     reduce = _collective(reduce_bytes, machine, speed, blocks)
@@ -247,9 +245,9 @@ def communication(
 
 def updating(trace: Trace, layout: Layout, machine: Machine, speed: Speed) -> float:
     """Seconds of the update: the norm, the clip, the optimizer; on the device or on the host."""
-    numbers = trace.numel(trainable=True)
+    numbers = float(trace.numel(trainable=True))
     if layout.strategy in ("fsdp2", "zero1", "zero2", "zero3"):
-        numbers = numbers / layout.ranks
+        numbers /= layout.ranks
     moved = {"adamw": 28.0, "adamw_8bit": 16.0, "sgd": 20.0}[layout.optimizer] + 12.0
     if layout.pure:
         moved /= 2
