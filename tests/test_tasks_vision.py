@@ -272,6 +272,13 @@ def test_pictures_without_labels_are_predicted_and_not_judged(trained: Trained, 
     task, model, _, _ = trained
     Image.new("RGBA", (70, 9)).save(tmp_path / "one.png")
     assert task.predict_files(model, tmp_path / "one.png", tmp_path / "to", print) == {}
+    if isinstance(task, Segment):
+        (tmp_path / "strange").mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / "strange" / "a.png")
+        Image.new("L", (20, 20), 7).save(tmp_path / "strange" / "a_mask.png")
+        said: list[str] = []
+        assert task.predict_files(model, tmp_path / "strange", tmp_path / "to", said.append) == {}
+        assert "[7], which this model does not know" in said[0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no picture that can be read"):
         task.predict_files(model, tmp_path / "empty", tmp_path / "to", print)

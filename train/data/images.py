@@ -22,7 +22,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +125,10 @@ def inputs(source: Path, cfg: Config, info: Mapping[str, Any], say: Callable[[st
             say(f"{root / entry[0]}: {found}; left out.")
     if not rows:
         raise DataError(f"{source} holds no picture that can be read. Known suffixes: {' '.join(SUFFIXES)}.")
+    strange = set(_values([row for _, row in rows])) - {*range(info["num_classes"]), cfg.data.ignore_index}
+    if strange - {info.get("foreground")}:
+        say(f"{source}: the masks hold {sorted(strange)[:9]}, which this model does not know; they are not compared.")
+        rows = [(path, replace(row, mask=None)) for path, row in rows]
     return tiles(_files(rows, info, cfg, training=False), cfg, info, "")
 
 
@@ -208,7 +212,8 @@ def show_crops(train_set: Crops, prepared: Prepared, cfg: Config) -> list[str]:
 def stem(name: str) -> str:
     """What a picture and its mask have in common: the path without `images` or `masks`, `_mask` and the suffix."""
     path = PurePosixPath(name)
-    parts = path.parts[1:] if len(path.parts) > 1 and path.parts[0] in IMAGE_FOLDERS + MASK_FOLDERS else path.parts
+    sides = len(path.parts) > 1 and path.parts[0].lower() in IMAGE_FOLDERS + MASK_FOLDERS
+    parts = path.parts[1:] if sides else path.parts
     return str(PurePosixPath(*parts).with_name(path.stem.removesuffix(MASK_SUFFIX) or path.stem))
 
 
@@ -251,7 +256,7 @@ def _pair(names: Sequence[str]) -> tuple[list[Entry], list[tuple[str, str]]]:
 
 def _is_mask(name: str) -> bool:
     path = PurePosixPath(name)
-    return (len(path.parts) > 1 and path.parts[0] in MASK_FOLDERS) or path.stem.endswith(MASK_SUFFIX)
+    return (len(path.parts) > 1 and path.parts[0].lower() in MASK_FOLDERS) or path.stem.endswith(MASK_SUFFIX)
 
 
 def _layout(cfg: Config) -> str:
