@@ -249,6 +249,20 @@ def status(
     return 0
 
 
+@verb
+def doctor(
+    directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY]", help="Where runs will lie")] = Path("runs"),
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile what DeepSpeed would compile at its first use")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Whether this machine is fit for a run, with a remedy for everything that is not. On a cluster: slurm/preflight."""
+    from launch import doctor
+
+    return doctor.run(directory, as_json=as_json, build=build)
+
+
 # ------------------------------------------------------------------------------------------------- what verbs share
 
 
