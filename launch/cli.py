@@ -231,17 +231,21 @@ def status(
     ),
     as_json: Json = False,
 ) -> int:
-    """How a run stands, or every run below a directory."""
+    """How a run stands, or every run and sweep below a directory: queued, running, stopped, finished, failed, and why."""
+    from launch import slurm, sweep
     from train import describe, rundir
 
     one = rundir.RunDir(path)
+    if (jobs := sweep.read(one.path)) is not None and not as_json:
+        print(sweep.table(jobs))
+        return 0
     found = [one] if _is_run(one.path) else sorted(_runs(one.path), key=lambda run: run.path)
     if not found:
         return complain(f"{path}: no run directory, and none below it. `gearshift run` starts one.", 1)
-    rows = [describe.standing(run) for run in found]
+    rows = [slurm.standing(run, describe.standing(run)) for run in found]
     if as_json:
         print(rundir.to_json(rows[0] if found == [one] else rows, indent=2))
-    elif found == [one] and rows[0]["state"] != "running":
+    elif found == [one] and rows[0]["state"] not in ("running", "queued"):
         print(describe.show_result(one))
     else:
         for row in rows:
@@ -303,8 +307,10 @@ def _start(
     rundir.wait_until_free(run, say=say)
     run.create()
     if started is None:
-        return slurm.submit(cfg, run, options=arguments, wait=wait, say=say)
+        slurm.refuse_twice(run)
     rundir.write_config(cfg, run, identity)
+    if started is None:
+        return slurm.submit(cfg, run, options=arguments, wait=wait, say=say)
     code = local.supervise(started, run, say)
     if code not in (rundir.EXIT_FINISHED, rundir.EXIT_STOPPED):  # of these two the run itself has told
         say(f"\n{describe.show_result(run)}")

@@ -155,12 +155,7 @@ def submit(
 
     options: `--step`, `--accept` for the first attempt. Raises SlurmError.
     """
-    waiting = state(run)
-    if waiting and not waiting["over"]:
-        raise SlurmError(
-            f"{run.path} is already {waiting['state']} as Slurm job {waiting['job']}.\n"
-            f"Cancel that first (scancel {waiting['job']}), or give this run another name: run.name=..."
-        )
+    refuse_twice(run)
     script = run.code / "train.sbatch"
     arguments = [*freeze(cfg, run), *options]
     script.write_text(render(cfg, run, arguments))
@@ -169,6 +164,16 @@ def submit(
     run.event("submit", job=job, slurm=cfg.slurm.name)
     say(f"submitted {run.path} as Slurm job {job}\n  tail -F {run.logs}/slurm-{job}.log\n  scancel {job}")
     return wait_for(run, say) if wait else 0
+
+
+def refuse_twice(run: RunDir) -> None:
+    """Raise SlurmError if a job of this run waits or runs."""
+    waiting = state(run)
+    if waiting and not waiting["over"]:
+        raise SlurmError(
+            f"{run.path} is already {waiting['state']} as Slurm job {waiting['job']}.\n"
+            f"Cancel that first (scancel {waiting['job']}), or give this run another name: run.name=..."
+        )
 
 
 def sbatch(name: str, *words: object) -> str:
@@ -202,6 +207,15 @@ def state(run: RunDir) -> dict[str, Any] | None:
     word = facts.get("JobState", "unknown")
     over = word not in ALIVE
     return {"job": job, "state": word, "over": over, "reason": facts.get("Reason"), "nodes": facts.get("NumNodes")}
+
+
+def standing(run: RunDir, row: dict[str, Any]) -> dict[str, Any]:
+    """`describe.standing` with what Slurm adds: `queued` for a job that waits, in the queue or to be started again."""
+    now = state(run)
+    if now is None or now["over"] or row["state"] in ("finished", "failed"):
+        return row
+    owner = f"Slurm job {now['job']}" + (f", {now['reason']}" if now["state"] == "PENDING" else "")
+    return {**row, "state": "running" if now["state"] == "RUNNING" else "queued", "owner": owner, "slurm": now}
 
 
 def parse(record: str) -> dict[str, str]:

@@ -595,7 +595,9 @@ def test_a_run_is_queued_once_and_a_finished_one_stays(free, tmp_path):
     cfg = replace(config.load(job.run.code / "config.yaml"), run=config.RunConfig(root=str(tmp_path), name="r"))
     with pytest.raises(slurm.SlurmError, match=f"as Slurm job {job.id}"):
         slurm.submit(cfg, job.run)
+    assert slurm.standing(job.run, {"state": "new"})["owner"].startswith(f"Slurm job {job.id}")
     job.ends(0)
+    assert slurm.standing(job.run, {"state": "finished"}) == {"state": "finished"}
     assert slurm.state(job.run)["over"]
     assert slurm.submit(cfg, job.run, say=lambda _: None, wait=True) == 0
     assert job.attempts() == [(1, 8)], "nothing was started for a finished run"

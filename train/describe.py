@@ -106,7 +106,7 @@ def standing_text(row: dict[str, Any]) -> list[str]:
         "" if step is None else f"step {step}{total}",
         "" if newest["loss"] is None else f"loss {newest['loss']:.4f}",
         "" if result.get("objective") is None else f"best {result['objective']:.4f}",
-        row["owner"] if row["state"] == "running" else "",
+        row["owner"] if row["state"] in ("running", "queued") else "",
         result.get("reason") or "",
     ]
 
