@@ -174,7 +174,7 @@ class ModelConfig:
     dropout: ShareBelow1 = 0.0
     """Dropout of residual branches, a function of (seed, epoch, sample id, module, element). Attention has none."""
     patch_size: Count = 4
-    """Side of a patch in pixels (ViT)."""
+    """Side of a patch in pixels: a token of ViT, the first stage of U-Net and ConvNet."""
     channels: Count = 32
     """Channels of the first stage (U-Net, ConvNet)."""
 
