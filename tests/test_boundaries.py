@@ -177,11 +177,14 @@ def tracker(module: str, source: str) -> list[str]:
 
 
 def scheduler(module: str, source: str) -> list[str]:
-    """The words of Slurm, as commands: for the one file that calls them. Settings are described with them in config."""
-    if module == "launch.slurm":
+    """Slurm's commands: for the one file that calls them. The doctor asks whether they are there and answer."""
+    if module in ("launch.slurm", "launch.doctor"):
         return []
     commands = re.compile(r"(sbatch|squeue|scontrol|sacct|scancel|srun|sinfo)( .*)?")
-    return [text for text in said(source) if commands.fullmatch(text)]
+    nodes = list(ast.walk(ast.parse(source)))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant) and id(node) not in prose]
+    return [text for text in texts if commands.fullmatch(text)]
 
 
 RULES = {

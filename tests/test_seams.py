@@ -59,6 +59,7 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_schema": lambda: has("torch", "ops.aten.mm.default._schema"),
     "_subclasses": lambda: has("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "_python_dispatch": lambda: has("torch.utils._python_dispatch", "TorchDispatchMode"),
+    "_pytree": lambda: has("torch.utils._pytree", "tree_map"),
     "_utils": lambda: has("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"),
     # DeepSpeed
     "_hp_mapping": lambda: "lp_param._hp_mapping = " in source("deepspeed.utils.mixed_precision_linkage"),
@@ -70,6 +71,9 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_keys_to_ignore_on_load_unexpected": lambda: has(
         "transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected"
     ),
+    # Hydra
+    "_internal": lambda: has("hydra._internal.core_plugins.basic_sweeper", "BasicSweeper"),
+    "_target_": lambda: "_target_" in source("hydra.types"),
     # the standard library
     "_exit": lambda: has("os", "_exit"),
 }
