@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from train import config
 
@@ -39,7 +40,7 @@ TINY = [
 """What makes a run small; added to the lines that start one, where they do not say otherwise."""
 
 HARMLESS = {"cd", "ls", "source", "touch", "git", "rsync", "tail", "cp", "less", "cat", "kill", "export", "apt-get", "sudo",
-            "pre-commit", "scancel", "squeue", "scontrol", "sacct", "vllm", "wandb", "hf"}  # fmt: skip
+            "pre-commit", "scancel", "squeue", "scontrol", "sacct", "vllm", "wandb", "hf", "eval"}  # fmt: skip
 """Commands of others, which only take words of ours."""
 
 
@@ -198,11 +199,22 @@ def check_line(words: list[str], frozen: Path) -> None:
     elif first in ("sbatch", "bash"):
         script = next(word for word in words[1:] if not word.startswith("-"))
         assert (ROOT / script).is_file(), script
-        compose(words[words.index(script) + 1 :])
+        compose(words[words.index(script) + 1 :], sweep=script.endswith("array.sbatch"))
     elif (ROOT / words[0]).is_file():
         assert os.access(ROOT / words[0], os.X_OK), words[0]
     else:
         assert first in HARMLESS, f"{first}: is it ours to promise? Add it to HARMLESS."
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_every_setting_in_yaml_exists(block: Block) -> None:
+    found = {re.sub(r"\[.*", "", key) for key, _ in config.items(yaml.safe_load(block.text))}
+    assert found <= set(config.leaves(config.Config)), block
+
+
+def test_no_command_hides_in_another_kind_of_block() -> None:
+    ours = re.compile(r"^(gearshift|make|python3?|accelerate|torchrun|sbatch|pip|slurm/\w+) ", re.MULTILINE)
+    assert not [str(block) for block in BLOCKS if block.language in ("", "text", "sh") and ours.search(block.text)]
 
 
 @pytest.mark.parametrize("block", SHELL, ids=str)
