@@ -165,10 +165,11 @@ class CausalLM:
             key: value.to(device) for key, value in self.encode([self.cfg.eval.prompt] * self.cfg.eval.samples).items()
         }
         new = self.generate(model, batch, temperature=TEMPERATURE, key=f"{self.cfg.seed}/{step}")
+        between = "\n\n" if self.cfg.data.kind == "chat" else ""  # an answer is no continuation of the question
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
             for number, row in enumerate(new.tolist()):
-                text = self.cfg.eval.prompt + self._decode(row)
+                text = self.cfg.eval.prompt + between + self._decode(row)
                 (directory / f"sample-{number}.txt").write_text(text + "\n", encoding="utf-8")
 
     def generate(self, model: nn.Module, batch: Batch, *, temperature: float, key: str = "") -> Tensor:
