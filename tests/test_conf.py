@@ -36,7 +36,7 @@ def test_the_hash_moves_with_neither_strategy_slurm_tracker_nor_paths_but_with_w
     ]  # fmt: skip
     assert {line: composed(line)[1] for line in same} == dict.fromkeys(same, start)
     other = ["seed=1", "optim=sgd", "model=gpt2", "train.precision=bf16", "train.global_batch_size=8", "optim.lr=1e-4",
-             "train.max_steps=9", "data.seq_len=128", "data.fold=1", "experiment=pretrain_124m"]  # fmt: skip
+             "train.max_steps=9", "data.seq_len=64", "data.fold=1", "experiment=pretrain_124m"]  # fmt: skip
     hashes = [composed(line)[1] for line in other]
     assert len({start, *hashes}) == len(other) + 1
 
@@ -103,7 +103,7 @@ def test_pretraining_has_the_published_size_and_length(experiment: str) -> None:
 
 def test_the_default_is_small_real_and_needs_nothing() -> None:
     cfg, _ = composed()
-    assert (cfg.experiment, cfg.data.path, cfg.data.tokenizer, cfg.data.seq_len) == ("lm_stdlib", "stdlib", "bpe", 256)
+    assert (cfg.experiment, cfg.data.path, cfg.data.tokenizer, cfg.data.seq_len) == ("lm_stdlib", "stdlib", "bpe", 128)
     assert (cfg.tracker.wandb, cfg.tracker.mode, cfg.hardware.name, cfg.strategy.name) == (
         True,
         "offline",

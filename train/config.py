@@ -657,8 +657,6 @@ def _ranks(cfg: Config) -> Iterator[str]:
         return
     h = cfg.hardware
     there = f"{ranks} devices (hardware.nodes={h.nodes} x hardware.devices_per_node={h.devices_per_node})"
-    if ranks > size:
-        yield f"train.global_batch_size={size}: is fewer than one sample for each of {there}; raise it, or use fewer."
     if cfg.strategy.name == "single":
         one = "hardware.nodes=1 hardware.devices_per_node=1"
         yield f"strategy=single: runs on one device, and there are {there}; set strategy=ddp, or {one}"
