@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test check docs bench equivalence kill
+.PHONY: help install install-dev smollm2 train test slurm check docs bench equivalence kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -53,9 +53,13 @@ smollm2: $(VENV)/.installed $(VENV)/.smollm2
 train: install
 	@$(BIN)/python -m train --result $(ARGS) || $(BIN)/accelerate launch -m train $(ARGS)
 
-#: test          every test but the slow matrices and those that need a GPU
+#: test          every test but the slow matrices, and those that need a GPU or Slurm
 test: install-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
+
+#: slurm         the tests on a real Slurm of several nodes on this machine (Debian's packages; see docs/slurm.md)
+slurm: install-dev
+	$(BIN)/python -m pytest -m "slurm and not slow" $(ARGS)
 
 #: check         formatting, lint, types
 check: install-dev

@@ -80,7 +80,8 @@ class Subject:
     def _key(self, precision: str, mode: str, chunked: bool, device: str) -> str:
         """A name that changes with everything that a trace depends on."""
         cfg = self.cfg
-        shape = {k: v for k, v in vars(cfg.model).items() if k not in ("rope_theta", "norm_eps")}
+        usual = vars(type(cfg.model)())  # what is left at its default is not named: a new setting renames no trace
+        shape = {k: v for k, v in vars(cfg.model).items() if v != usual[k] and k not in ("rope_theta", "norm_eps")}
         if cfg.model.path is not None:
             config = Path(cfg.model.path) / "config.json"
             shape = {"path": cfg.model.path, "revision": cfg.model.revision, "gguf_file": cfg.model.gguf_file}
@@ -180,3 +181,17 @@ def _write(path: Path, trace: Trace) -> None:
         atomic_write(path, json.dumps(trace.to_dict()))
     except OSError:  # a cache that cannot be written costs seconds, not the plan
         return
+
+
+def ship() -> dict[str, Any]:
+    """What `traces.json` should hold: the traces with which a newcomer's first plan on a CPU needs no torch."""
+    from train import config
+
+    made = {}
+    for experiment in ("lm_stdlib", "classify_digits", "segment_digits"):
+        subject = Subject(config.compose([f"experiment={experiment}", "hardware=cpu"]))
+        for precision in ("fp32", "bf16"):
+            for chunked in (False, True) if subject.cfg.task.name == "causal_lm" else (False,):
+                asked = (precision, "autocast", chunked, "cpu")
+                made[subject._key(*asked)] = subject._take(*asked).to_dict()
+    return made
