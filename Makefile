@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm check docs bench equivalence kill
+.PHONY: help install install-dev smollm2 train test slurm check docs bench equivalence
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -77,7 +77,3 @@ bench: install-dev
 #: equivalence   every strategy on every number of ranks, against one process
 equivalence: install-dev
 	$(BIN)/python benchmarks/equivalence.py $(ARGS)
-
-#: kill          kill -9 at random moments, and resume
-kill: install-dev
-	$(BIN)/python benchmarks/kill.py $(ARGS)
