@@ -353,7 +353,24 @@ def test_files_that_pages_name_exist() -> None:
         ):
             if not (ROOT / path).exists() and "conf/local/" not in path:
                 lost.append(f"{page.name}: {path}")
+        for name in re.findall(r"`(test_\w+\.py)`", page.read_text()):
+            if not (ROOT / "tests" / name).exists():
+                lost.append(f"{page.name}: {name}")
     assert not lost
+
+
+def test_verbs_that_pages_name_exist_unless_the_readme_says_not_yet() -> None:
+    import typer
+
+    from launch import cli
+
+    verbs = set(typer.main.get_command(cli.app).commands)  # type: ignore[attr-defined]
+    readme = (ROOT / "README.md").read_text()
+    missing = readme.partition("## Not there yet")[2].partition("\n## ")[0]
+    awaited = set(re.findall(r"`gearshift (\w+)", missing))
+    named = {verb for page in PAGES for verb in re.findall(r"`gearshift ([a-z]+)", page.read_text())}
+    assert named <= verbs | awaited
+    assert not awaited & verbs, "they are there by now"
 
 
 def test_the_tree_in_the_readme_is_the_tree() -> None:
