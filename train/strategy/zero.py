@@ -79,6 +79,9 @@ class Zero(Strategy):
             deepspeed_plugin=self.plugin,
             kwargs_handlers=handlers,
         )
+        if self.accelerator.distributed_type.value != "DEEPSPEED":
+            got = self.accelerator.distributed_type.value
+            raise Mismatch(f"strategy: asked {self.name}, got {got}: Accelerate ignored DeepSpeed")
         if self.accelerator.num_processes != self.procs.world_size:
             raise Mismatch(f"Accelerate sees {self.accelerator.num_processes} processes, not {self.procs.world_size}")
 
@@ -167,10 +170,6 @@ class Zero(Strategy):
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
         optimizer = make_optimizer(self.trainable())
         self.engine, _ = self.accelerator.prepare(self.module, optimizer)
-        if type(self.engine).__name__ != "DeepSpeedEngine":
-            raise Mismatch(
-                f"strategy: asked {self.name}, got {type(self.engine).__name__}: Accelerate ignored DeepSpeed"
-            )
         self.model, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero
         if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
