@@ -53,8 +53,9 @@ def export(
 ) -> dict[str, Any]:
     """Write the model of a run into the new directory `to`, load it back, compare, and return the receipt.
 
-    merge: add adapters to their base, QLoRA's to the base in full precision; without it they are exported alone. dtype:
-    of the stored weights. shard_size: of the largest file. Raises ExportError, and what `open_trained` raises.
+    merge: add adapters to their base; without it they are exported alone. QLoRA's base is the one in full precision,
+    here and in the comparison; how far the 4-bit model is from that is in the receipt. dtype: of the stored weights.
+    shard_size: of the largest file. Raises ExportError, and what `open_trained` raises.
     """
     target = Path(to).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -387,6 +388,9 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
             for name, value in numbers.items()]  # fmt: skip
     base = str(cfg.model.path) if cfg.model.path and not Path(cfg.model.path).expanduser().exists() else None
+    apart = ""
+    if "max_difference_to_4_bits" in receipt:
+        apart = f"; from the 4-bit model that was trained, {receipt['max_difference_to_4_bits']:.2g}"
     usage = _USAGE[form].format(
         auto=AUTO.get(cfg.task.name, "AutoModel"),
         base=repr(base or "BASE") + (f", gguf_file={cfg.model.gguf_file!r}" if cfg.model.gguf_file else ""),
@@ -408,7 +412,7 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         *rows,
         f"\nStored in {receipt['dtype']} and loaded back with {form}: {receipt['compared']} differ by at most "
         f"{receipt['max_difference']:.1e} from the run in fp32, and by {receipt['max_difference_loaded']:.1e} from what "
-        "was written (`export.json`).\n",
+        f"was written{apart} (`export.json`).\n",
         "## Use\n",
         f"```python\n{usage}\n```",
     ]
