@@ -145,7 +145,8 @@ def peak_of(words: list[str]) -> float:
             engine.take_loss()
         engine.close()
     events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    mapped = {f.stat().st_size for f in Path(cfg.model.path or "nowhere").glob("*.safetensors")}  # a mapped file is no memory
+    # A mapped file is no memory.
+    mapped = {f.stat().st_size for f in Path(cfg.model.path or "nowhere").glob("*.safetensors")}
     live = peak = 0
     for _, size in sorted(events, key=lambda e: e[0]):
         live += 0 if abs(size) in mapped else size
@@ -189,7 +190,8 @@ def measured(ranks: int, jobs: list[list[str]]) -> list[Any]:
     processes = []
     for rank in range(ranks):
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-               "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WANDB_MODE": "disabled"}  # fmt: skip
+               "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+               "WANDB_MODE": "disabled"}  # fmt: skip
         command = [sys.executable, __file__, "--worker", json.dumps(jobs)]
         processes.append(
             subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
