@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launch import local
 from train import config, rundir
 from train.config import Config
 from train.rundir import RunDir
@@ -279,7 +280,8 @@ class Verdict:
 
 
 def begin(arguments: Sequence[str]) -> list[str]:
-    """Before the ranks start: their run directory, processes per node, port, and arguments. Empty: nothing to do.
+    """Before the ranks start: run directory, processes per node, port, a config for `accelerate launch` that sets
+    nothing, and the ranks' arguments. Empty: nothing to do.
 
     arguments: what the batch script got. Raises ConfigError, RunError, DataError.
     """
@@ -316,7 +318,7 @@ def begin(arguments: Sequence[str]) -> list[str]:
         f"hardware.nodes={nodes}",
         f"hardware.devices_per_node={processes}",
     ]
-    return [str(run.path), str(processes), str(port), *words]
+    return [str(run.path), str(processes), str(port), str(local.ACCELERATE_CONFIG), *words]
 
 
 def _open(words: Sequence[str]) -> tuple[Config, RunDir, list[str], list[str]]:
@@ -334,6 +336,8 @@ def _open(words: Sequence[str]) -> tuple[Config, RunDir, list[str], list[str]]:
             for word in (f"--{name.replace('_', '-')}", value)]  # fmt: skip
     plugin = given.plugin or os.environ.get("GEARSHIFT_PLUGIN")
     if given.config:  # complete and checked at submission
+        if plugin:
+            config.import_plugin(plugin)
         cfg = config.load(given.config, overrides)
         return cfg, RunDir(Path(cfg.run.root) / str(cfg.run.name)), [*kept, *overrides], first
     if given.multirun:
@@ -461,10 +465,11 @@ def _history(run: RunDir, job: str) -> list[Launch]:
             if launches:
                 launches[-1].end_step = event["step"]
             launches.append(Launch(event["step"]))
-        elif event["kind"] == "settle" and launches:
+        elif launches and event["kind"] == "settle" and launches[-1].cause != "time limit":
             launches[-1].cause = event["cause"]
-        elif event["kind"] == "signal" and launches and event["signal"] == "TERM" and launches[-1].cause == "unknown":
-            launches[-1].cause = "ended by Slurm"
+        elif launches and event["kind"] == "signal" and launches[-1].cause == "unknown" and event["signal"] != "USR1":
+            # ALRM: it did not leave within the notice, so the script requeued it; Slurm's TERM follows
+            launches[-1].cause = "time limit" if event["signal"] == "ALRM" else "ended by Slurm"
     return launches
 
 

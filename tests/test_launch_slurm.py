@@ -206,8 +206,9 @@ def one_launch(
 
 def test_arguments_of_the_ranks(job):
     run, arguments = job
-    path, processes, port, *words = slurm.begin([*arguments, "--step", "best", "--accept"])
+    path, processes, port, neutral, *words = slurm.begin([*arguments, "--step", "best", "--accept"])
     assert (path, processes) == (str(run.path), "1")
+    assert Path(neutral).is_file()
     assert 10000 <= int(port) < 31000
     assert words == [
         *arguments,
@@ -218,7 +219,7 @@ def test_arguments_of_the_ranks(job):
         "hardware.nodes=2",
         "hardware.devices_per_node=1",
     ]
-    _, _, other, *words = slurm.begin([*arguments, "--step", "best", "--accept"])
+    _, _, other, _, *words = slurm.begin([*arguments, "--step", "best", "--accept"])
     assert other != port, "processes of an earlier launch must not meet this one's"
     assert not {"--step", "best", "--accept"} & set(words), "a second launch goes on from the newest checkpoint"
 
@@ -265,6 +266,19 @@ def test_nodes_that_die_twice_without_a_word_end_it(job, monkeypatch):
     with pytest.raises(rundir.RunError, match="no-progress"):
         slurm.begin(arguments)
     assert run.result()["status"] == "failed"
+
+
+def test_a_start_that_takes_longer_than_the_notice_ends_it(job, monkeypatch):
+    """The script requeued it in time, but a run that never gets to a step would go on so for ever."""
+    run, arguments = job
+    for restart in ("0", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        assert slurm.begin(arguments)
+        for name in ("USR1", "ALRM", "TERM", "TERM"):
+            slurm.stop(run, name)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    with pytest.raises(rundir.RunError, match="no-progress"):
+        slurm.begin(arguments)
 
 
 def test_a_persons_stop_between_two_allocations_holds(job):
