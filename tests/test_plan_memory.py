@@ -15,22 +15,48 @@ from train.plan.shapes import Line, Op, Param, Phase, Section, Trace
 MIB = 2**20
 
 
-def made(*, depth: int = 8, width: int = 1024, frozen: bool = False, precision: str = "bf16", mode: str = "weights") -> Trace:
+def made(
+    *, depth: int = 8, width: int = 1024, frozen: bool = False, precision: str = "bf16", mode: str = "weights"
+) -> Trace:
     """A trace written by hand: an embedding, equal blocks, a head."""
     square = Param(width * width, width, not frozen, True)
     adapter = (Param(width * 16, 16, True, True),) if frozen else ()
     kept, tokens = Line(0, 8 * MIB), 256
-    product = Op("matmul", 4, Line(0, 2.0 * tokens * width * width), Line(2 * width * width, 4.0 * tokens * width),
-                 (Line(0, tokens), Line(width), Line(width)), half=True, again=3)  # fmt: skip
+    product = Op(
+        "matmul",
+        4,
+        Line(0, 2.0 * tokens * width * width),
+        Line(2 * width * width, 4.0 * tokens * width),
+        (Line(0, tokens), Line(width), Line(width)),
+        half=True,
+        again=3,
+    )
     pointwise = Op("memory", 6, Line(), Line(0, 2.0 * MIB), again=6)
-    forward = Phase(kept, (Line(0, 10 * MIB),), (Line(0, 10 * MIB),), Line(0, 4 * MIB), Line(0, 3 * MIB), (product, pointwise))
-    backward = Phase(Line(0, -8 * MIB), (Line(0, 3 * MIB),), (Line(MIB, 3 * MIB),), Line(), Line(0, 6 * MIB), (product, product))
-    block = Section("block", depth, (square,) * 4 + adapter, forward, backward, Line(0, MIB), 8 * width * width if mode == "autocast" else 0)
+    forward = Phase(
+        kept, (Line(0, 10 * MIB),), (Line(0, 10 * MIB),), Line(0, 4 * MIB), Line(0, 3 * MIB), (product, pointwise)
+    )
+    backward = Phase(
+        Line(0, -8 * MIB), (Line(0, 3 * MIB),), (Line(MIB, 3 * MIB),), Line(), Line(0, 6 * MIB), (product, product)
+    )
+    block = Section(
+        "block",
+        depth,
+        (square,) * 4 + adapter,
+        forward,
+        backward,
+        Line(0, MIB),
+        8 * width * width if mode == "autocast" else 0,
+    )
     ends = [
-        Section(name, 1, (Param(8192 * width, 8192, not frozen, name == "after"),), Phase(Line(0, MIB), (Line(0, 9 * MIB),), (Line(0, 9 * MIB),)),
-                Phase(Line(0, -MIB), (Line(0, 2 * MIB),), (Line(0, 2 * MIB),)))
+        Section(
+            name,
+            1,
+            (Param(8192 * width, 8192, not frozen, name == "after"),),
+            Phase(Line(0, MIB), (Line(0, 9 * MIB),), (Line(0, 9 * MIB),)),
+            Phase(Line(0, -MIB), (Line(0, 2 * MIB),), (Line(0, 2 * MIB),)),
+        )
         for name in ("before", "after")
-    ]  # fmt: skip
+    ]
     return Trace((ends[0], block, ends[1]), precision, mode, tokens)
 
 
@@ -88,7 +114,9 @@ def test_levers_pull_the_way_they_should(layout: Layout, micro: int, compiled: s
     assert memory.holds(trace, replace(layout, micro_batch=micro, compile=compiled, checkpointing=1)).allocated <= base
     assert memory.holds(trace, replace(layout, micro_batch=micro, compile="blocks")).allocated <= base * (1 + 1e-9)
     if layout.ranks > 1 and layout.strategy != "ddp":
-        more = memory.holds(trace, replace(layout, micro_batch=micro, compile=compiled, ranks=2 * layout.ranks)).allocated
+        more = memory.holds(
+            trace, replace(layout, micro_batch=micro, compile=compiled, ranks=2 * layout.ranks)
+        ).allocated
         assert more <= base * (1 + 1e-9)
 
 
@@ -105,14 +133,22 @@ def test_allocator_and_contexts_are_no_tensors_and_only_on_a_gpu() -> None:
 
 def machine(ranks: int = 1, **options: float) -> timing.Machine:
     card = constants.CARDS["a100-80gb"]
-    return timing.Machine(card, devices=min(8, ranks), nodes=max(1, ranks // 8), memory_bytes=card.memory_gib * 2**30, intra=300e9,
-                          inter=200e9, **options)  # type: ignore[arg-type]  # fmt: skip
+    return timing.Machine(
+        card,
+        devices=min(8, ranks),
+        nodes=max(1, ranks // 8),
+        memory_bytes=card.memory_gib * 2**30,
+        intra=300e9,
+        inter=200e9,
+        **options,
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("layout", ALL, ids=lambda x: x.strategy)
 def test_the_parts_of_a_step_add_up(layout: Layout) -> None:
     step = timing.step_time(made(), layout, machine(layout.ranks))
-    assert step.seconds == pytest.approx(sum(step.parts.values())) and step.seconds > 0
+    assert step.seconds == pytest.approx(sum(step.parts.values()))
+    assert step.seconds > 0
     assert all(value >= 0 for value in step.parts.values())
     peak = constants.CARDS["a100-80gb"].half_tflops * 1e12
     assert step.flops / step.seconds < peak  # nothing is faster than the data sheet
@@ -121,7 +157,9 @@ def test_the_parts_of_a_step_add_up(layout: Layout) -> None:
 def test_recomputation_costs_what_is_repeated() -> None:
     plain, again = (timing.step_time(made(), Layout(micro_batch=8, checkpointing=c), machine()).parts for c in (0, 1))
     assert plain["recomputation"] == 0
-    products = timing.computing(made(), 8, 0, "none", False, constants.CARDS["a100-80gb"], "cuda", constants.SPEED).parts
+    products = timing.computing(
+        made(), 8, 0, "none", False, constants.CARDS["a100-80gb"], "cuda", constants.SPEED
+    ).parts
     assert 0 < again["recomputation"] < products["matrix products"] / 3 + products["memory traffic"]
 
 
@@ -130,8 +168,11 @@ def test_a_slow_link_is_waited_for_and_a_fast_one_is_not() -> None:
 
     layout = Layout("fsdp2", 16, 1)
     slow = timing.step_time(made(), layout, replace(machine(16), inter=1e9)).parts
-    fast = timing.step_time(made(), layout, replace(machine(16), inter=1e15, intra=1e15), replace(constants.SPEED, rank_s=0.0)).parts
-    assert slow["communication not hidden"] > 0 and "communication not hidden" not in fast
+    fast = timing.step_time(
+        made(), layout, replace(machine(16), inter=1e15, intra=1e15), replace(constants.SPEED, rank_s=0.0)
+    ).parts
+    assert slow["communication not hidden"] > 0
+    assert "communication not hidden" not in fast
 
 
 def test_accumulation_repeats_computation_not_the_update() -> None:
@@ -145,7 +186,9 @@ def test_short_sides_cost_more_per_flop() -> None:
     def per_flop(side: int) -> float:
         op = Op("matmul", 1, Line(2.0 * side**3), Line(), (Line(side),) * 3, half=True)
         phase = Phase(ops=(op,))
-        seconds = timing._phase(made().sections[1], phase, 1, False, False, constants.CARDS["a100-80gb"], "cuda", constants.SPEED)
+        seconds = timing._phase(
+            made().sections[1], phase, 1, False, False, constants.CARDS["a100-80gb"], "cuda", constants.SPEED
+        )
         return (seconds["matrix products"] - constants.SPEED.kernel_s) / op.flops(1)
 
     assert per_flop(256) > 1.5 * per_flop(8192)

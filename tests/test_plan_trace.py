@@ -22,10 +22,18 @@ ROWS, VOCAB = 64, 512
 def llama(layers: int = 6, hidden: int = 128, ffn: int = 352, heads: int = 4) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=ROWS, attn_implementation="sdpa", use_cache=False,
-    ))  # fmt: skip
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            max_position_embeddings=ROWS,
+            attn_implementation="sdpa",
+            use_cache=False,
+        )
+    )
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -65,7 +73,9 @@ def test_a_deep_stack_is_its_first_middle_and_last_block(short: Trace, whole: Tr
         assert a == pytest.approx(b)
         for checkpointing in (0, 1, 2):
             layout = Layout(micro_batch=micro, checkpointing=checkpointing, device="cpu")
-            assert memory.holds(short, layout).allocated == pytest.approx(memory.holds(whole, layout).allocated, rel=1e-4)
+            assert memory.holds(short, layout).allocated == pytest.approx(
+                memory.holds(whole, layout).allocated, rel=1e-4
+            )
     assert short.numel() == whole.numel() == sum(p.numel() for p in llama().parameters())
 
 
@@ -144,7 +154,9 @@ def test_a_model_that_runs_twice_computes_twice_and_weighs_once(whole: Trace) ->
     def twice(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         return loss(model, batch) + loss(model, batch)
 
-    double = trace(llama, blocks, batch, twice, precision="fp32", mode="autocast", tokens=ROWS, device="cpu", whole=True)
+    double = trace(
+        llama, blocks, batch, twice, precision="fp32", mode="autocast", tokens=ROWS, device="cpu", whole=True
+    )
     assert double.flops(2) == pytest.approx(2 * whole.flops(2))
     assert double.numel() == whole.numel()
     assert sum(s.forward.kept(4) for s in double.each()) > 1.9 * sum(s.forward.kept(4) for s in whole.each())
@@ -160,7 +172,9 @@ def test_a_trace_is_plain_data(short: Trace) -> None:
         Trace.from_dict({"sections": [[1, 2]], "precision": "fp32", "mode": "autocast", "tokens": 1})
 
 
-@given(st.lists(st.tuples(st.integers(-1000, 1000), st.integers(-50, 50)), min_size=1, max_size=12), st.integers(1, 300))
+@given(
+    st.lists(st.tuples(st.integers(-1000, 1000), st.integers(-50, 50)), min_size=1, max_size=12), st.integers(1, 300)
+)
 def test_the_hull_holds_the_highest_line_everywhere(pairs: list[tuple[int, int]], micro: int) -> None:
     lines = [Line(float(a), float(b)) for a, b in pairs]
     assert max(x(micro) for x in _hull(lines)) == pytest.approx(max(x(micro) for x in lines))
