@@ -73,11 +73,9 @@ def precision_of(cfg: Config, machine: Machine) -> str:
 
 def find_card(name: str) -> Card | None:
     """`a100-80gb`, `A100-SXM4-80GB` and `NVIDIA A100-SXM4-80GB` are one card."""
-    plain = re.sub(
-        r"nvidia|geforce|tesla|quadro|sxm\d*|hbm\d*e?|pcie(?=-\d)|generation|ada$|[\s_]", "", name.lower()
-    ).strip("-")
-    plain = re.sub(r"-+", "-", plain)
-    for text in (plain, re.sub(r"-\d+gb$", "", plain), plain.replace("-", "")):
+    plain = re.sub(r"nvidia|geforce|tesla|quadro|sxm\d*|hbm\d*e?|pcie(?=-\d)|generation|[\s_]", "", name.lower())
+    plain = re.sub(r"-+", "-", re.sub(r"(?<=[a-z]\d{3})(?=\d+gb)", "-", plain)).strip("-")
+    for text in (plain, re.sub(r"-?\d+gb$", "", plain), plain.replace("-", "")):
         if text in CARDS:
             return CARDS[text]
     return None

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from train.compose import read_yaml
-from train.config import CONF, HardwareConfig, node_range
+from train.config import CONF, HardwareConfig, StrategyConfig, node_range, validate
 from train.plan import constants, machines, memory, timing
 from train.plan.memory import GIB, Layout
 from train.plan.subject import Subject
@@ -339,12 +339,14 @@ def _steps(subject: Subject) -> tuple[int | None, tuple[str, ...]]:
 
 
 def changes(cfg: Config, info: Mapping[str, Any] | None = None, *, elsewhere: bool = True) -> list[Change]:
-    """What would make `cfg` fit, the cheapest first: shorter rows, adapters, more nodes, and, `elsewhere`, another tier."""
+    """What would make `cfg` fit, the cheapest first: another layout, shorter rows, adapters, more nodes, and, `elsewhere`,
+    another tier."""
     found: list[Change] = []
     for options, learns in _attempts(cfg, info, elsewhere):
         for overrides, changed in options:
-            best = plan(changed, info)
-            if best.fits:
+            if changed.strategy.name == "single" and machines.machine_of(changed.hardware).ranks > 1:
+                overrides, changed = (*overrides, "strategy=auto"), replace(changed, strategy=StrategyConfig())
+            if not validate(changed) and (best := plan(changed, info)).fits:
                 found.append(Change(overrides, best, learns))
                 break
     price = [c.plan.usd if c.plan.usd is not None else c.plan.device_hours or c.plan.step_s for c in found]
@@ -362,6 +364,8 @@ def _attempts(
         word = f"{group}={value}" if name == "name" else f"{group}.{name}={value}"
         return (word,), changed
 
+    if cfg.strategy.name != "auto":
+        yield [(("strategy=auto",), replace(cfg, strategy=StrategyConfig()))], False
     if cfg.data.kind in ("text", "chat") and any(_without_activations(p) for p in search(cfg, info)):
         rows = [cfg.data.seq_len // 2**i for i in range(1, 5) if cfg.data.seq_len // 2**i >= 128]
         yield [with_("data", "seq_len", n) for n in rows], True
