@@ -388,9 +388,6 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
             for name, value in numbers.items()]  # fmt: skip
     base = str(cfg.model.path) if cfg.model.path and not Path(cfg.model.path).expanduser().exists() else None
-    apart = ""
-    if "max_difference_to_4_bits" in receipt:
-        apart = f"; from the 4-bit model that was trained, {receipt['max_difference_to_4_bits']:.2g}"
     usage = _USAGE[form].format(
         auto=AUTO.get(cfg.task.name, "AutoModel"),
         base=repr(base or "BASE") + (f", gguf_file={cfg.model.gguf_file!r}" if cfg.model.gguf_file else ""),
@@ -412,7 +409,7 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         *rows,
         f"\nStored in {receipt['dtype']} and loaded back with {form}: {receipt['compared']} differ by at most "
         f"{receipt['max_difference']:.1e} from the run in fp32, and by {receipt['max_difference_loaded']:.1e} from what "
-        f"was written{apart} (`export.json`).\n",
+        "was written (`export.json`).\n",
         "## Use\n",
         f"```python\n{usage}\n```",
     ]
