@@ -286,3 +286,32 @@ def test_an_array_by_hand(tmp_path, cluster):
     assert cluster.job(f"{job}_3")["ExitCode"] == "2:0"
     assert "use --array=0-2" in (tmp_path / "3.log").read_text()
     assert RunDir(lab.root / "s" / "002").result()["objective"] == 0.25
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.timeout(900)
+@needs_two_cores
+def test_as_fast_as_bare_processes(tmp_path):
+    """Real training: eight jobs on two slots, against as many `accelerate launch` started by xargs, two at a time."""
+    lab = Lab(tmp_path)
+    lab.env["PYTHONPATH"] = str(CHECKOUT)
+    words = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "train.max_steps=1500", "eval.samples=0"]
+    words += ["train.global_batch_size=8", "train.precision=fp32", "eval.max_samples=8"]
+    assert lab.call("run.name=warm", "seed=9", *words).returncode == 0
+    times: dict[str, float] = {}
+    for turn in (1, 2):
+        started = time.monotonic()
+        seeds = "seed=" + ",".join(str(8 * turn + n) for n in range(8))
+        assert lab.call(f"run.name=sweep{turn}", seeds, "hydra.launcher.slots=2", *words).returncode == 0
+        ours = time.monotonic() - started
+        jobs = "\n".join(f"run.name=bare{turn}-{n} seed={8 * turn + n}" for n in range(8))
+        started = time.monotonic()
+        launch = ["-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1", "--mixed_precision=no"]
+        launch += ["--dynamo_backend=no", "--module", "train"]
+        command = ["xargs", "-P2", "-L1", sys.executable, *launch, *lab.fixed, *words]
+        subprocess.run(command, input=jobs, env=lab.env, cwd=tmp_path, text=True, check=True, capture_output=True)
+        bare = time.monotonic() - started
+        times[f"sweep {ours:.1f} s, bare {bare:.1f} s"] = ours / bare
+    print(times)
+    assert min(times.values()) <= 1.1

@@ -7,6 +7,7 @@ by the dozen, on a stand-in for the training, are in `test_launch_slurm.py`.
 from __future__ import annotations
 
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -148,8 +149,9 @@ def test_notices_cost_nothing(free, settings, unbroken, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_real_time_limit(free, settings, tmp_path):
-    words = [*settings, *EXACT, "train.max_steps=900", "checkpoint.every=null", "hardware.nodes=2"]
+    words = [*settings, *EXACT, "train.max_steps=350", "checkpoint.every=null", "hardware.nodes=2"]
     job = Job(free, tmp_path, *words, "slurm.time=1", "slurm.signal_s=10")
     job.attempt_at(2, timeout=150)
     free.run("scancel", "-s", "USR1", "--batch", job.id)
@@ -222,11 +224,12 @@ def _rank(number: int) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_it_takes_what_it_is_granted(free, settings, unbroken, tmp_path):
     """Four nodes, then two when two have died, then four again at the next start: one run, one curve."""
     words = [*settings, *FAST, "train.max_steps=400", "checkpoint.every=10", "strategy=fsdp2"]
     job = Job(free, tmp_path, *words, "hardware.nodes=2-4")
-    job.attempt_at(1, 5)
+    job.attempt_at(1, 15)
     nodes = free.run("scontrol", "show", "hostnames", free.job(job.id)["NodeList"]).split()
     for node in nodes[2:]:
         free.tool("node", "kill", node)
@@ -244,3 +247,75 @@ def test_it_takes_what_it_is_granted(free, settings, unbroken, tmp_path):
     assert loss <= 1e-4  # 400 steps
     assert norm <= 1e-2
     job.clean()
+
+
+# ----------------------------------------------------------------------------------------------------------- overheads
+
+BY_HAND = """#!/bin/bash
+#SBATCH --nodes=2 --output=/dev/null
+address=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export OMP_NUM_THREADS=1
+srun --ntasks-per-node=1 bash -c 'exec "$0" -m torch.distributed.run --nnodes=2 --nproc-per-node=1 \\
+    --node-rank="$SLURM_NODEID" --master-addr='"$address"' --master-port=29400 -m train "$@"' "$@"
+"""
+
+
+def began(run: RunDir, kind: str = "start") -> float:
+    """Monotonic time of an attempt's first step, as the run tells it."""
+    events = wait_for(lambda: [e for e in rundir.read_jsonl(run.events) if e["kind"] == kind], 90)
+    return events[-1]["t"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_first_step_comes_as_soon_as_by_hand(free, settings, tmp_path):
+    script = tmp_path / "by-hand.sbatch"
+    script.write_text(BY_HAND)
+    ours, hand = [], []
+    for turn in range(3):
+        job = Job(free, tmp_path / str(turn), *settings, *FAST, "hardware.nodes=2", "strategy=ddp")
+        ours.append(began(job.run) - job.kinds("submit")[0]["t"])
+        job.ends()
+        run = RunDir(tmp_path / f"hand-{turn}" / "r")
+        words = [*settings, *FAST, "hardware.nodes=2", "strategy=ddp", f"run.root={run.path.parent}", "run.name=r"]
+        submitted = time.monotonic()
+        done = free.run("sbatch", "--parsable", script, sys.executable, *words, cwd=CHECKOUT)
+        hand.append(began(run) - submitted)
+        free.wait(done.strip())
+    print(f"submission to first step: ours {ours}, by hand {hand}")
+    assert statistics.median(ours) <= 1.2 * statistics.median(hand)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_rank_is_back_as_soon_as_under_torchrun(free, settings, tmp_path):
+    words = [*settings, *EXACT, "train.max_steps=2000"]
+    ours, bare = [], []
+    for turn in range(3):
+        job = Job(free, tmp_path / str(turn), *words, "hardware.devices_per_node=2", "slurm.cpus_per_task=2")
+        job.attempt_at(1, 15)
+        killed = time.monotonic()
+        os.kill(_rank(1), 9)
+        ours.append(began(job.run, "resume") - killed)
+        free.run("scancel", job.id)
+        free.wait(job.id)
+
+        run = RunDir(tmp_path / f"bare-{turn}" / "r")
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "--max-restarts=3",
+        ]
+        command += ["-m", "train", *words, "hardware.devices_per_node=2", f"run.root={run.path.parent}", "run.name=r"]
+        with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+            wait_for(lambda r=run: len(rundir.read_jsonl(r.ledger)) > 15, 90)
+            killed = time.monotonic()
+            os.kill(_rank(1), 9)
+            bare.append(began(run, "resume") - killed)
+            run.stop.touch()
+            agent.wait(60)
+    print(f"kill to next step: ours {ours}, bare torchrun {bare}")
+    assert statistics.median(ours) <= 2 * statistics.median(bare)
