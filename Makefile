@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm check docs bench equivalence
+.PHONY: help install install-dev smollm2 train test slurm check docs bench finetune equivalence
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -73,6 +73,10 @@ docs: install
 bench: install-dev
 	$(BIN)/pip install -q -c constraints.txt lightning
 	$(BIN)/python benchmarks/overhead.py $(ARGS)
+
+#: finetune      SmolLM2 with LoRA and QLoRA: held-out loss, exports, answers; ten minutes
+finetune: smollm2
+	$(BIN)/python benchmarks/finetune.py $(ARGS)
 
 #: equivalence   every strategy on every number of ranks, against one process
 equivalence: install-dev

@@ -42,18 +42,22 @@ def trained(root: Path, name: str, form: str, overrides: list[str]) -> dict[str,
 
 
 def opened(root: Path, form: str) -> dict[str, Any]:
-    """What is trained, and the held-out loss with the adapters switched off: the model as the training found it."""
+    """What is trained; the held-out loss without the adapters, which is the model as it comes, and with them over the
+    model in full precision, which is what an export holds."""
     import torch
 
     from train import predict
 
-    run = predict.open_trained(root / form, "last", held_out=True, say=lambda _: None)
-    model: Any = run.model
-    counts = [(p.requires_grad, ".lora_" in name, p.numel()) for name, p in model.named_parameters()]
+    trained = predict.open_trained(root / form, "last")
+    counts = [(p.requires_grad, ".lora_" in name, p.numel()) for name, p in trained.model.named_parameters()]
     assert all(trains == adapter for trains, adapter, _ in counts)
-    with run.autocast(), torch.no_grad(), model.disable_adapter():
-        before = predict._evaluate(run)["eval_loss"]
-    return {"adapters": sum(n for trains, _, n in counts if trains), "before": before}
+    run = predict.open_trained(root / form, "last", held_out=True, full_precision=True, say=lambda _: None)
+    model: Any = run.model
+    with torch.no_grad():
+        served = predict._evaluate(run)["eval_loss"]
+        with model.disable_adapter():
+            before = predict._evaluate(run)["eval_loss"]
+    return {"adapters": sum(n for trains, _, n in counts if trains), "before": before, "served": served}
 
 
 def exported(root: Path, form: str) -> dict[str, Any]:
@@ -91,24 +95,25 @@ def main() -> None:
 
     now = datetime.datetime.now()
     base, lora, qlora = found["lora"]["before"], found["lora"]["loss"], found["qlora"]["loss"]
+    served = found["qlora"]["served"]
     lines = [
         f"# Fine-tuning SmolLM2-135M-Instruct, {now:%Y-%m-%d}",
         "",
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}. "
-        f"`python benchmarks/finetune.py {' '.join(options.overrides)}`".replace(" `", "`"),
+        f"`{' '.join(['python benchmarks/finetune.py', *options.overrides])}`",
         "",
         f"{found['lora']['steps']} steps. Held-out loss (nats per token of docstrings, same rows): {base:.4f} as it comes, "
-        f"{lora:.4f} with LoRA ({lora - base:+.4f}), {qlora:.4f} with QLoRA ({qlora / lora - 1:+.2%} of LoRA's).",
+        f"{lora:.4f} with LoRA ({lora - base:+.4f}), {qlora:.4f} with QLoRA ({qlora / lora - 1:+.2%} of LoRA's), which is "
+        f"{served:.4f} ({served / lora - 1:+.2%}) once its adapters are merged into the base in full precision.",
         "",
-        "| | held-out before | after | trained parameters | s a step | peak GiB | export: logits, merged to run | to 4 bits |",
+        "| | held-out, before | trained | exported | trained parameters | s a step | peak GiB | logits, merged against run |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for form, v in found.items():
-        quantised = f"{v['max_difference_to_4_bits']:.2f}" if "max_difference_to_4_bits" in v else ""
         lines.append(
-            f"| {form} | {v['before']:.4f} | {v['loss']:.4f} | {v['adapters']:,} | {v['step_s']:.2f} | "
-            f"{v['memory_gib']:.2f} | {v['max_difference']:.1e} | {quantised} |"
+            f"| {form} | {v['before']:.4f} | {v['loss']:.4f} | {v['served']:.4f} | {v['adapters']:,} | {v['step_s']:.2f} | "
+            f"{v['memory_gib']:.2f} | {v['max_difference']:.1e} |"
         )
     norms = gradient_norms(root, options.overrides)
     told = ", ".join(f"{a:.6f} / {b:.6f}" for a, b in norms)
