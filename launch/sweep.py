@@ -499,11 +499,12 @@ def _child(cores: list[int]) -> Callable[[], None]:
 
 
 def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, Config]) -> int:
-    """Prepare and freeze every job that is neither finished nor queued, and submit them as one array.
+    """Prepare, plan and freeze every job that is neither finished nor queued, and submit them as one array.
 
     Raises ConfigError where jobs ask Slurm for different things: an array has one size.
     """
     from train import data
+    from train.plan import plan
 
     queue = []
     for job in jobs:
@@ -514,8 +515,12 @@ def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, C
         queued = slurm.state(run)
         if job.status == "finished" or (queued and not queued["over"]):
             continue
-        data.prepare(cfg, task.say)
+        predicted = plan(cfg, data.prepare(cfg, task.say).info)
+        if cfg.run.fit == "error" and not predicted.fits:
+            job.status, job.reason = "infeasible", predicted.reason
+            continue
         queue.append((job, run, cfg))
+    sweep.write()
     if not queue:
         return 0 if all(job.status == "finished" for job in jobs) else 1
     first = queue[0][2]

@@ -233,7 +233,7 @@ def cluster():
 def on_slurm(lab: Lab, cluster: Cluster, **plan: object) -> list[str]:
     """Settings with which a sweep goes to the cluster, and its ranks are the stand-in."""
     lab.env |= {key: cluster.env[key] for key in ("SLURM_CONF", "GEARSHIFT_DEVCLUSTER")}
-    lab.env["PATH"] = cluster.env["PATH"]
+    lab.env |= {"PATH": cluster.env["PATH"], "PYTHONPATH": str(CHECKOUT)}
     python = slurm_cluster.standin(lab.path, **plan)
     return ["slurm=devcluster", f"slurm.setup=['python={python}']", "slurm.array_cap=2", "run.name=s"]
 
@@ -254,6 +254,23 @@ def test_the_same_as_an_array(tmp_path, cluster):
     assert all(count <= 1 for count in lab.ends().values())
     assert lab.call(*words, "--wait").returncode == 1
     assert all(count <= 1 for count in lab.ends().values()), "a finished job was run again"
+
+
+@pytest.mark.slurm
+def test_a_task_that_cannot_fit_is_not_submitted(tmp_path, cluster):
+    lab = Lab(tmp_path)
+    words = [
+        *on_slurm(lab, cluster, steps=3),
+        "hardware.memory_gib=2",
+        "model.hidden_size=32,4096",
+        "model.num_layers=8",
+    ]
+    assert lab.call(*words).returncode == 0
+    wait_for(lambda: not cluster.run("squeue", "-h"), 60)
+    small, large = lab.sweep().jobs
+    assert (small.status, large.status) == ("finished", "infeasible")
+    assert "GiB" in large.reason
+    assert not (lab.root / "s" / "001").exists()
 
 
 @pytest.mark.slurm
@@ -296,7 +313,13 @@ def test_as_fast_as_bare_processes(tmp_path):
     """Real training: eight jobs on two slots, against as many `accelerate launch` started by xargs, two at a time."""
     lab = Lab(tmp_path)
     lab.env["PYTHONPATH"] = str(CHECKOUT)
-    words = ["model.hidden_size=32", "model.num_layers=1", "model.num_heads=2", "train.max_steps=1500", "eval.samples=0"]
+    words = [
+        "model.hidden_size=32",
+        "model.num_layers=1",
+        "model.num_heads=2",
+        "train.max_steps=1500",
+        "eval.samples=0",
+    ]
     words += ["train.global_batch_size=8", "train.precision=fp32", "eval.max_samples=8"]
     assert lab.call("run.name=warm", "seed=9", *words).returncode == 0
     times: dict[str, float] = {}
