@@ -66,7 +66,9 @@ def test_auto_takes_the_simplest_of_the_fastest() -> None:
     plans = planner.search(compose(*SMALL, "hardware=gpu_24gb"))
     best, fitting = plans[0], [p for p in plans if p.fits]
     quickest = min(p.hours for p in fitting)
-    assert best.fits and best.strategy == "single" and best.offload == "none"
+    assert best.fits
+    assert best.strategy == "single"
+    assert best.offload == "none"
     assert best.hours <= quickest * (1 + SAME)
     assert [p.fits for p in plans] == sorted((p.fits for p in plans), reverse=True)
 
@@ -86,13 +88,25 @@ def test_a_layout_covers_the_batch_and_leaves_it_alone(tier: str) -> None:
     laid = compose(*SMALL, f"hardware={tier}", *best.overrides())  # what it says can be typed
     assert learned(laid) == before
     again = planner.plan(laid)
-    assert (again.strategy, again.micro_batch_size, again.peak_memory_gib) == (best.strategy, best.micro_batch_size, best.peak_memory_gib)
+    assert (again.strategy, again.micro_batch_size, again.peak_memory_gib) == (
+        best.strategy,
+        best.micro_batch_size,
+        best.peak_memory_gib,
+    )
 
 
 def test_a_strategy_by_name_keeps_its_levers() -> None:
-    cfg = compose(*SMALL, "hardware=node_4x24gb", "strategy=zero2", "strategy.activation_checkpointing=2", "strategy.micro_batch_size=3")
+    cfg = compose(
+        *SMALL,
+        "hardware=node_4x24gb",
+        "strategy=zero2",
+        "strategy.activation_checkpointing=2",
+        "strategy.micro_batch_size=3",
+    )
     plans = planner.search(cfg)
-    assert {(p.strategy, p.activation_checkpointing, p.micro_batch_size, p.compile, p.offload) for p in plans} == {("zero2", 2, 3, False, "none")}
+    assert {(p.strategy, p.activation_checkpointing, p.micro_batch_size, p.compile, p.offload) for p in plans} == {
+        ("zero2", 2, 3, False, "none")
+    }
     assert {p.chunked_loss for p in plans} == {False, True}
     assert {p.strategy for p in planner.search(compose(*SMALL, "hardware=node_4x24gb", "optim=adamw_8bit"))} == {"ddp"}
     assert {p.micro_batch_size for p in planner.search(compose(*SMALL, "hardware=gpu_8gb", "numerics=exact"))} == {1}
@@ -106,9 +120,11 @@ def too_large():
 
 def test_nothing_fits_says_why_and_what_would(too_large) -> None:
     best = planner.plan(too_large)
-    assert not best.fits and "weights, gradients and optimizer state alone" in best.reason
+    assert not best.fits
+    assert "weights, gradients and optimizer state alone" in best.reason
     found = planner.changes(too_large)
-    assert found and all(change.plan.fits for change in found)
+    assert found
+    assert all(change.plan.fits for change in found)
     prices = [change.plan.usd for change in found]
     assert prices == sorted(prices)
     for change in found:
@@ -118,28 +134,36 @@ def test_nothing_fits_says_why_and_what_would(too_large) -> None:
         assert planner.plan(laid).fits  # the words do what they say
         assert change.learns == (learned(laid) != learned(too_large))
     text = planner.render([best], found)
-    assert "Does not fit" in text and all(" ".join(change.overrides) in text for change in found)
+    assert "Does not fit" in text
+    assert all(" ".join(change.overrides) in text for change in found)
 
 
 def test_activations_that_bind_are_named_and_shorter_rows_help() -> None:
-    cfg = compose(*SMALL, "hardware=gpu_8gb", "hardware.memory_gib=1.2", "data.seq_len=16384", "strategy=single", "strategy.chunked_loss=false",
-                  "train.global_batch_size=1")  # fmt: skip
+    where = ("hardware=gpu_8gb", "hardware.memory_gib=1.2", "strategy=single", "strategy.chunked_loss=false")
+    cfg = compose(*SMALL, *where, "data.seq_len=16384", "train.global_batch_size=1")
     best = planner.plan(cfg)
-    assert not best.fits and "the activations of one sample" in best.reason
-    assert any(change.overrides[0].startswith("data.seq_len=") and change.learns for change in planner.changes(cfg, elsewhere=False))
+    assert not best.fits
+    assert "the activations of one sample" in best.reason
+    assert any(
+        change.overrides[0].startswith("data.seq_len=") and change.learns
+        for change in planner.changes(cfg, elsewhere=False)
+    )
 
 
 def test_all_hardware_is_a_row_per_tier_and_the_same_math() -> None:
     cfg = compose("experiment=pretrain_7b")
     rows = planner.all_hardware(cfg)
     assert [row.hardware for row in rows][: len(tiers())] == list(tiers())
-    assert not rows[0].plan.fits and rows[0].change is not None and rows[-1].plan.fits
+    assert not rows[0].plan.fits
+    assert rows[0].change is not None
+    assert rows[-1].plan.fits
     assert {row.plan.global_batch_size for row in rows} == {1024}
     hours = rows[-1].plan.device_hours
     assert hours == pytest.approx(184_320, rel=0.15)  # Llama 2 7B, published
     text = planner.render_all(cfg.experiment, rows)
     assert text == planner.render_all(cfg.experiment, rows)
-    assert "184,320 GPU-hours" in text and "$20m" in text
+    assert "184,320 GPU-hours" in text
+    assert "$20m" in text
     assert all(row.hardware in text for row in rows)
 
 
@@ -151,18 +175,23 @@ def test_other_tasks_and_models_are_planned_too(experiment: str) -> None:
 def test_a_plan_is_plain_data_and_text() -> None:
     plans = planner.search(compose(*SMALL, "hardware=gpu_8gb"))
     data = json.loads(json.dumps(plans[0].to_dict()))
-    assert data["peak_memory_gib"] == plans[0].peak_memory_gib and data["overrides"] == plans[0].overrides()
+    assert data["peak_memory_gib"] == plans[0].peak_memory_gib
+    assert data["overrides"] == plans[0].overrides()
     text = planner.render(plans)
     assert all(name in text for name in plans[0].memory_gib)
-    assert f"{plans[0].peak_memory_gib:.2f}" in text and "To name it: strategy=" in text
+    assert f"{plans[0].peak_memory_gib:.2f}" in text
+    assert "To name it: strategy=" in text
 
 
 def test_lengths_in_epochs_need_counted_data() -> None:
     cfg = compose("experiment=classify", "hardware=gpu_8gb", "data.path=x")
     unknown = planner.plan(cfg)
     known = planner.plan(cfg, {"train_samples": [6400], "num_classes": 5})
-    assert unknown.hours is None and any("epochs" in text for text in unknown.assumed)
-    assert known.steps == 60 * 6400 // 64 and known.hours > 0 and not any("classes" in text for text in known.assumed)
+    assert unknown.hours is None
+    assert any("epochs" in text for text in unknown.assumed)
+    assert known.steps == 60 * 6400 // 64
+    assert known.hours > 0
+    assert not any("classes" in text for text in known.assumed)
 
 
 def test_traces_are_kept_under_all_that_they_depend_on(tmp_path: Path) -> None:
@@ -181,12 +210,22 @@ def test_traces_are_kept_under_all_that_they_depend_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "memory"),
-    [("NVIDIA A100-SXM4-80GB", 79.2), ("A100-80GB", 79.2), ("a100-40gb", 39.4), ("NVIDIA GeForce RTX 4090", 23.6), ("rtx4090-24gb", 23.6),
-     ("H100-80GB", 79.1), ("NVIDIA H100 80GB HBM3", 79.1), ("Tesla V100-SXM2-32GB", 31.7), ("NVIDIA L4", 22.0)],
-)  # fmt: skip
+    [
+        ("NVIDIA A100-SXM4-80GB", 79.2),
+        ("A100-80GB", 79.2),
+        ("a100-40gb", 39.4),
+        ("NVIDIA GeForce RTX 4090", 23.6),
+        ("rtx4090-24gb", 23.6),
+        ("H100-80GB", 79.1),
+        ("NVIDIA H100 80GB HBM3", 79.1),
+        ("Tesla V100-SXM2-32GB", 31.7),
+        ("NVIDIA L4", 22.0),
+    ],
+)
 def test_cards_are_known_by_all_their_names(name: str, memory: float) -> None:
     card = machines.find_card(name)
-    assert card is not None and card.memory_gib == memory
+    assert card is not None
+    assert card.memory_gib == memory
 
 
 def test_an_unknown_card_is_an_error_that_lists_the_known() -> None:
