@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tests import ranks
 from train import data, models
 from train.config import Config, DataConfig
 from train.data import DataError, Prepared
@@ -282,3 +283,70 @@ def test_pictures_without_labels_are_predicted_and_not_judged(trained: Trained, 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no picture that can be read"):
         task.predict_files(model, tmp_path / "empty", tmp_path / "to", print)
+
+
+# ---- Any number of ranks ---------------------------------------------------------------------------------------------
+
+RECIPE = [
+    "hardware=cpu", "train.precision=fp32", "optim.lr=1e-3", "optim.warmup_steps=10", "optim.weight_decay=0.1",
+    "optim.schedule=constant", "train.max_steps=50", "train.global_batch_size=8", "model.dropout=0.1", "tracker=none",
+    "eval.every=null", "eval.max_samples=100", "eval.samples=1", "checkpoint.keep_best=false",
+]  # fmt: skip
+EXPERIMENTS = {
+    "segment_digits": ["data.image_size=32", "data.augment=[flip,shift,scale,color]", "model.channels=32",
+                       "model.num_layers=2", "optim.clip=0.8"],
+    "classify_digits": ["data.augment=[shift,color]", "model.channels=64", "model.num_layers=3", "optim.clip=5"],
+}  # fmt: skip
+DRAWN_BY_RANK = """
+import os
+from train.data import views
+original = views.uniforms
+views.uniforms = lambda key, count: original((key[0] + int(os.environ["RANK"]), *key[1:]), count)
+"""
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    root = tmp_path_factory.mktemp("curves")
+
+    def job(experiment: str, name: str, micro: int, strategy: str) -> list[str]:
+        own = [f"strategy={strategy}", f"strategy.micro_batch_size={micro}", f"run.root={root}"]
+        return [f"experiment={experiment}", *RECIPE, *EXPERIMENTS[experiment], *own, f"run.name={experiment}-{name}"]
+
+    alone = [job(e, f"alone-{micro}", micro, "single") for e in EXPERIMENTS for micro in (2, 4)]
+    ranks.run_jobs(1, alone)
+    for world_size in (2, 3):
+        ranks.run_jobs(world_size, [job(e, str(world_size), 2, "ddp") for e in EXPERIMENTS])
+    ranks.run_jobs(2, [job("classify_digits", "broken", 2, "ddp")], setup=DRAWN_BY_RANK)
+    return root
+
+
+def _apart(root: Path, run: str, reference: str) -> tuple[float, float]:
+    """Largest relative difference over the steps, of losses and of gradient norms."""
+    pairs = list(zip(ranks.metrics(root / run), ranks.metrics(root / reference), strict=True))
+    return tuple(max(abs(a[key] - b[key]) / b[key] for a, b in pairs) for key in ("loss", "grad_norm"))  # type: ignore[return-value]
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_one_two_and_three_ranks_have_one_curve(curves: Path, experiment: str) -> None:
+    reference = ranks.metrics(curves / f"{experiment}-alone-2")
+    assert np.mean([row["loss"] for row in reference[-10:]]) < 0.7 * reference[0]["loss"]
+    clip = float(EXPERIMENTS[experiment][-1].partition("=")[2])
+    assert {row["grad_norm"] > clip for row in reference} == {True, False}, "it bites in some steps only"
+    floor, _ = _apart(curves, f"{experiment}-alone-4", f"{experiment}-alone-2")
+    assert floor < 1e-6
+    for world_size in (2, 3):
+        loss, norm = _apart(curves, f"{experiment}-{world_size}", f"{experiment}-alone-2")
+        assert ranks.result(curves / f"{experiment}-{world_size}")["engine"]["world_size"] == world_size
+        assert loss < 1e-5
+        assert norm < 1e-3
+        last = ranks.metrics(curves / f"{experiment}-{world_size}")[-1]
+        for key in (key for key in last if key.startswith("eval_")):
+            assert last[key] == pytest.approx(reference[-1][key], rel=1e-3)
+
+
+@pytest.mark.ranks
+def test_augmentation_drawn_by_rank_is_another_curve(curves: Path) -> None:
+    assert _apart(curves, "classify_digits-broken", "classify_digits-alone-2")[0] > 1e-3
