@@ -177,9 +177,13 @@ def start(cfg: Config) -> Processes:
     if kind == "cpu":
         if cfg.numerics == "exact":
             torch.set_num_threads(1)  # the split of a sum over threads is part of its bits
-        elif "OMP_NUM_THREADS" not in os.environ or world_size > 1:
-            # Two ranks with two threads each on two cores do not run at half speed but at a tenth.
-            torch.set_num_threads(max(1, cores() // local_world))
+        else:
+            # Two ranks with two threads each on two cores do not run at half speed but at a tenth. One process takes
+            # every core, unless it was told otherwise: `accelerate launch` says 1 to whoever said nothing.
+            said = os.environ.get("OMP_NUM_THREADS")
+            unsaid = said is None or (said == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ)
+            if unsaid or world_size > 1:
+                torch.set_num_threads(max(1, cores() // local_world))
     if cfg.numerics == "exact":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
