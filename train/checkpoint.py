@@ -157,6 +157,22 @@ class Checkpointer:
         if failed:
             shutil.rmtree(temporary, ignore_errors=True)
             raise CheckpointError(f"step {step} was not saved: {failed}")
+        manifest = self._manifest(step, counters, receipts)
+        for file in temporary.glob("receipt-*.json"):
+            file.unlink()
+        rundir.atomic_write(temporary / "manifest.json", json.dumps(manifest))
+        rundir.sync_directory(temporary)
+        if self.lock is not None:
+            self.lock.check()
+        final = self.run.checkpoint(step)
+        if final.exists():  # only a corrupt one can be in the way: a good one would have been resumed from
+            _discard(final)
+        os.rename(temporary, final)
+        rundir.sync_directory(self.run.checkpoints)
+        self.run.event("commit", step=step, attempt=self.attempt)
+        self._rotate(counters.get("best_step") if self.settings.keep_best else None)
+
+    def _manifest(self, step: int, counters: dict[str, Any], receipts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         manifest = {
             "format": FORMAT,
             "step": step,
@@ -171,20 +187,7 @@ class Checkpointer:
             "saved_under": {"strategy": self.strategy.name, "world_size": self.procs.world_size},
             "libraries": {p: metadata.version(p) for p in ("torch", "accelerate", "safetensors", "transformers")},
         }
-        manifest["manifest_sha256"] = _manifest_hash(manifest)
-        for file in temporary.glob("receipt-*.json"):
-            file.unlink()
-        rundir.atomic_write(temporary / "manifest.json", json.dumps(manifest))
-        rundir.sync_directory(temporary)
-        if self.lock is not None:
-            self.lock.check()
-        final = self.run.checkpoint(step)
-        if final.exists():  # only a corrupt one can be in the way: a good one would have been resumed from
-            _discard(final)
-        os.rename(temporary, final)
-        rundir.sync_directory(self.run.checkpoints)
-        self.run.event("commit", step=step, attempt=self.attempt)
-        self._rotate(counters.get("best_step") if self.settings.keep_best else None)
+        return {**manifest, "manifest_sha256": _manifest_hash(manifest)}
 
     def _receipts(self, temporary: Path) -> dict[int, dict[str, Any]]:
         deadline = time.monotonic() + PEER_TIMEOUT_S
