@@ -254,6 +254,25 @@ def status(
 
 
 @verb
+def verify(run: RunPath, as_json: Json = False) -> int:
+    """Prove that every sample was used exactly once and every checkpoint is whole, or name the gap (exit code 1)."""
+    from train import ledger, rundir
+
+    found = ledger.verify(_existing(run))
+    if as_json:
+        print(rundir.to_json(found, indent=2))
+    elif found["clean"]:
+        print(
+            f"{found['run']}: clean. {found['positions']:,} positions of {found['steps']:,} steps, each used exactly once, "
+            f"in attempts {found['attempts']} on {found['ranks']} ranks ({found['redone']:,} steps beyond a kept "
+            f"checkpoint); whole checkpoints of steps {found['checkpoints']}."
+        )
+    else:
+        print("\n".join([f"{found['run']}: {len(found['problems'])} problems", *found["problems"]]))
+    return 0 if found["clean"] else rundir.EXIT_FAILED
+
+
+@verb
 def doctor(
     directory: Annotated[Path, typer.Argument(metavar="[DIRECTORY]", help="Where runs will lie")] = Path("runs"),
     build: Annotated[

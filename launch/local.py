@@ -1,8 +1,8 @@
 """A run on this machine: one `accelerate launch` with explicit flags, watched until it has ended.
 
 Owns: how many processes there are and with how many threads; the command line and the environment of the ranks; what
-happens on a signal (STOP is written, the run saves and leaves), when the launcher or a rank dies, and that nothing is
-left running; the exit code.
+happens on a signal (STOP is written, the run saves and leaves), when the launcher or a rank dies (`run.max_restarts`), and
+that nothing is left running; the exit code.
 
 Does not own: what is run and where it is kept (`cli.py`), the training (`train`), batch systems (`slurm.py`).
 """
@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from train import rundir
 from train.config import Config, ConfigError
@@ -50,7 +51,8 @@ class Launch:
     command: list[str]
     environment: dict[str, str]
     restarts: int = 0
-    """Starts after the first that this process may make itself, because no elastic agent does."""
+    """Starts after the first that `supervise` may make. It does so itself, for one rank and for many: an elastic agent starts
+    again whatever failed, out of memory too, and its own store outlives the ranks whose addresses it holds."""
 
     def __str__(self) -> str:
         """As a shell would take it."""
@@ -66,18 +68,20 @@ class Launch:
 # --------------------------------------------------------------------------------------------------- what is started
 
 
-def launch(cfg: Config, run: RunDir, arguments: list[str], *, module: str = "train") -> Launch:
+def launch(
+    cfg: Config, run: RunDir, arguments: list[str], *, processes: int | None = None, module: str = "train"
+) -> Launch:
     """The `accelerate launch` of `cfg` on this machine; `arguments` go to the training script.
 
-    Raises ConfigError if this machine has not the devices that `cfg.hardware` names.
+    processes: `world_size`, unless given. Raises ConfigError if this machine has not the devices that `cfg.hardware` names.
     """
-    processes = world_size(cfg)
+    processes = processes or world_size(cfg)
     threads = max(1, min(cores() // processes, int(os.environ.get("OMP_NUM_THREADS") or 2**31)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ACCELERATE_CONFIG)]
     command += ["--num_machines", "1", "--machine_rank", "0", "--num_processes", str(processes)]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", str(threads)]
     if processes > 1:  # on a CPU too: `--cpu --num_processes N` starts one process, this flag means torchrun
-        command += ["--multi_gpu", "--main_process_port", "0", "--max_restarts", str(cfg.run.max_restarts)]
+        command += ["--multi_gpu", "--main_process_port", "0", "--max_restarts", "0"]
     command += ["--quiet", "--module", module, *arguments]  # quiet: the script's own error is the last word
     environment = {
         "GEARSHIFT_ATTEMPT_TOKEN": str(run.last_attempt() + 1),
@@ -89,7 +93,7 @@ def launch(cfg: Config, run: RunDir, arguments: list[str], *, module: str = "tra
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_S),
     }
-    return Launch(command, environment, cfg.run.max_restarts if processes == 1 else 0)
+    return Launch(command, environment, cfg.run.max_restarts)
 
 
 def world_size(cfg: Config) -> int:
@@ -147,36 +151,62 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
     """Start the ranks, wait for them, leave nothing running, and return the contract's exit code.
 
     SIGTERM, SIGINT, SIGUSR1 and SIGHUP write STOP and wait; a second SIGINT a second or more later kills at once.
-    `result.json` of an attempt that started here is trusted before any exit code.
+    `result.json` of an attempt that started here is trusted before any exit code. An unexplained death is followed by another
+    start, at most `launch.restarts` times and not after `FRUITLESS` in a row that brought no new checkpoint.
     """
-    before = run.last_attempt()
+    before, command, fruitless = run.last_attempt(), list(launch.command), 0
     known = {child.pid for child in _children()}
     run.clear_requests()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned ranks become children of this process and can be found
     on_start = _end_with_parent()
     with _answering_signals(run, known, say):
         for start in range(1 + launch.restarts):
-            environment = {**launch.full_environment(), **({"TORCHELASTIC_RESTART_COUNT": str(start)} if start else {})}
-            child = subprocess.Popen(launch.command, env=environment, start_new_session=True, preexec_fn=on_start)
+            attempt, saved = run.last_attempt(), rundir.newest(run)
+            child = subprocess.Popen(
+                command, env=launch.full_environment(), start_new_session=True, preexec_fn=on_start
+            )
             code = child.wait()
-            _wait_for_rest(known, STRAGGLER_S if code == 0 or _has_ended(run, before) else SHUTDOWN_S)
-            if code == 0 or _has_ended(run, before) or run.stop_reason() or start == launch.restarts:
+            _wait_for_rest(known, STRAGGLER_S if code == 0 or _ended(run, attempt) else SHUTDOWN_S)
+            result = _result(run, attempt, code)
+            fruitless = 0 if rundir.newest(run) > saved else fruitless + 1
+            if result.get("status") in ("finished", "stopped") or (result.get("reason") or "").startswith(rundir.FINAL):
                 break
-            say(f"The run died (exit code {code}): restart {start + 1} of {launch.restarts}.")
+            if code == 0 or run.stop_reason() or start == launch.restarts:
+                break
+            why = result.get("reason") or f"exit code {code} before the run began"
+            if fruitless == rundir.FRUITLESS:
+                why = f"no-progress: {fruitless} attempts in a row ended without a new checkpoint (step {saved}); {why}"
+                if result:
+                    rundir.atomic_write(run.result_file, rundir.to_json({**result, "reason": why}, indent=2) + "\n")
+                say(why)
+                break
+            say(f"The run died ({why}): restart {start + 1} of {launch.restarts}.")
+            if "--step" in command:  # the first start went back to it; this one goes on from what is saved since
+                at = command.index("--step")
+                del command[at : at + 2]
     run.clear_requests()
-    result = run.result() or {"status": None, "attempt": 0}
-    if result["attempt"] <= before:  # no attempt began: a finished run has nothing to do, all else is a failure
-        return rundir.EXIT_FINISHED if code == 0 and result["status"] == "finished" else rundir.EXIT_FAILED
-    if result["status"] == "running":  # nobody is left who could say how it ended
-        result |= {"status": "failed", "reason": f"the ranks died (exit code {code})"}
-        rundir.atomic_write(run.result_file, rundir.to_json(result, indent=2) + "\n")
-    return rundir.exit_code(result)
+    if (run.result() or {"attempt": 0})["attempt"] <= before:  # no attempt began: a finished run has nothing to do
+        done = code == 0 and (run.result() or {}).get("status") == "finished"
+        return rundir.EXIT_FINISHED if done else rundir.EXIT_FAILED
+    return rundir.exit_code(run.result())
 
 
-def _has_ended(run: RunDir, before: int) -> bool:
+def _ended(run: RunDir, before: int) -> bool:
     """Whether an attempt after `before` wrote down how it ended."""
     result = run.result()
     return result is not None and result["attempt"] > before and result["status"] != "running"
+
+
+def _result(run: RunDir, before: int, code: int) -> dict[str, Any]:
+    """`result.json` of the attempt after `before`, completed where its ranks could not do so; empty if none began."""
+    result = run.result()
+    if result is None or result["attempt"] <= before:
+        return {}
+    if result["status"] == "running":  # nobody is left who could say how it ended
+        reason = run.failure(result["attempt"], f"the ranks died (exit code {code})")
+        result |= {"status": "failed", "reason": reason}
+        rundir.atomic_write(run.result_file, rundir.to_json(result, indent=2) + "\n")
+    return result
 
 
 @contextmanager

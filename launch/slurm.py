@@ -29,7 +29,7 @@ from typing import Any
 from launch import local
 from train import config, rundir
 from train.config import Config
-from train.rundir import RunDir
+from train.rundir import FINAL, FRUITLESS, RunDir, newest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 SCRIPT = CHECKOUT / "slurm" / "train.sbatch"
@@ -40,10 +40,6 @@ ALIVE = ["PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEU
 """States of a job that is not over."""
 NOTICE = "notice from Slurm"
 """How the text of a STOP begins that the batch script wrote; any other is a person's."""
-FINAL = (*rundir.CLASSIFIED, "non-finite", "asked and got differ")
-"""How the reason of a failure begins that another attempt would only repeat."""
-FRUITLESS = 2
-"""So many attempts in a row without a new checkpoint end a run."""
 
 
 class SlurmError(rundir.RunError):
@@ -492,11 +488,6 @@ def _give_up(run: RunDir, reason: str) -> None:
         kept["error"] = result["reason"]
     run.write_result("failed", result.get("attempt") or run.last_attempt(), reason=reason, **kept)
     run.event("end", status="failed", reason=reason)
-
-
-def newest(run: RunDir) -> int:
-    """Step of the newest committed checkpoint; 0 without one."""
-    return max([0, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/manifest.json"))])
 
 
 def _job() -> tuple[str, int]:

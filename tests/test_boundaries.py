@@ -39,7 +39,7 @@ ARROWS = {
     "metrics": {"config", "rundir"},
     "trackers": {"config", "rundir", "describe"},
     "stop": {"config", "rundir"},
-    "ledger": {"config", "rundir", "order"},
+    "ledger": {"config", "rundir", "order", "data", "checkpoint"},
     "checkpoint": {"config", "rundir"},
     "strategy": {"config", "rundir"},
     "data": {"config", "rundir", "order"},

@@ -43,7 +43,14 @@ if what == "abort":  # the result is on disk, then the interpreter dies while it
     os.abort()
 if what == "die_once" and lock.attempt > 1:
     leave("finished")
-if what in ("die", "die_once"):
+if what == "save_and_die":
+    run.checkpoint(lock.attempt).mkdir()
+    (run.checkpoint(lock.attempt) / "manifest.json").touch()
+if what.startswith("oom_elsewhere"):
+    run.event("oom", attempt=lock.attempt, rank=1, reason="out_of_memory")
+if what == "oom_elsewhere:fail":
+    leave("failed", 1, run.failure(lock.attempt, "RuntimeError: connection closed"))
+if what in ("die", "die_once", "save_and_die", "oom_elsewhere:die"):
     os.kill(os.getpid(), signal.SIGKILL)
 if what.startswith("fail:"):
     leave("failed", 1, what[5:])
@@ -150,8 +157,47 @@ def test_restarts_after_an_unexplained_death_only(run: RunDir) -> None:
     assert run.last_attempt() == 2
     assert start(run, "fail:out_of_memory", restarts=3).wait(30) == 12
     assert run.last_attempt() == 3
-    assert start(run, "die", restarts=2).wait(30) == 1
+    supervisor = start(
+        run, "fail:RuntimeError: connection closed", restarts=1
+    )  # what a rank says whose peer was killed
+    assert supervisor.wait(30) == 1
+    assert run.last_attempt() == 5
+
+
+def test_two_attempts_without_a_new_checkpoint_are_enough(run: RunDir) -> None:
+    assert start(run, "die", restarts=5).wait(30) == 1
+    assert run.last_attempt() == 2
+    assert result_of(run) == (
+        "failed",
+        "no-progress: 2 attempts in a row ended without a new checkpoint (step 0); the ranks died (exit code -9)",
+    )
+    assert start(run, "nothing", restarts=5).wait(30) == 1  # dies before an attempt begins
+    assert run.last_attempt() == 2
+    assert start(run, "save_and_die", restarts=3).wait(30) == 1  # control: each saves before it dies
     assert run.last_attempt() == 6
+
+
+def test_the_rank_that_knows_most_is_believed_and_ends_the_run(run: RunDir) -> None:
+    """Out of memory on one rank is a lost connection to the others; if those are killed, nobody writes the result."""
+    for what in ("oom_elsewhere:fail", "oom_elsewhere:die"):
+        before = run.last_attempt()
+        assert start(run, what, restarts=3).wait(30) == 12
+        assert result_of(run) == ("failed", "out_of_memory")
+        assert run.last_attempt() == before + 1
+
+
+def test_a_restart_goes_on_from_where_it_was_and_not_back_again(run: RunDir) -> None:
+    code = SUPERVISOR.replace("Launch(command", "Launch([*command, '--step', '3', '--accept']")
+    command = json.dumps([sys.executable, "-c", RANK + "\n", str(run.path), "die_once"])
+    seen = run.path / "seen"
+    command = command.replace(
+        "lock = Lock.acquire(run)", f"open('{seen}', 'a').write(' '.join(sys.argv[3:]) + ';'); lock = Lock.acquire(run)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, command, "1", str(run.path)], cwd=REPOSITORY, check=False, timeout=30
+    )
+    assert done.returncode == 0
+    assert seen.read_text() == "--step 3 --accept;--accept;"
 
 
 # ---------------------------------------------------------------------------------------------------------- signals
@@ -293,13 +339,13 @@ def test_flags_of_one_process_and_of_several(run: RunDir, monkeypatch) -> None:
     for flag in (
         "--multi_gpu",
         "--num_processes 3",
-        "--max_restarts 2",
+        "--max_restarts 0",
         "--main_process_port 0",
         "--mixed_precision no",
     ):
         assert flag in flags
     assert three.environment["OMP_NUM_THREADS"] == "2"
-    assert three.restarts == 0
+    assert three.restarts == 2  # ours: an elastic agent would start again whatever failed
     for asked, given in (("1", "1"), ("64", "2")):  # more threads than cores is never what was meant
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert local.launch(settings("hardware.devices_per_node=3"), run, []).environment["OMP_NUM_THREADS"] == given
@@ -361,7 +407,7 @@ def test_an_accelerate_config_in_the_home_directory_changes_nothing(
         assert seen["ACCELERATE_USE_FSDP"] in (None, "false")
         assert seen["OMP_NUM_THREADS"] == launch.environment["OMP_NUM_THREADS"]
         if processes > 1:
-            assert (seen["RANK"], seen["WORLD_SIZE"], seen["TORCHELASTIC_MAX_RESTARTS"]) == (str(rank), "2", "1")
+            assert (seen["RANK"], seen["WORLD_SIZE"], seen["TORCHELASTIC_MAX_RESTARTS"]) == (str(rank), "2", "0")
         else:
             assert (seen["WORLD_SIZE"], seen["ACCELERATE_USE_CPU"]) == (None, "False")
     if processes == 1:  # control: without our file, that of the home directory decides

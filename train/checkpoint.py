@@ -21,6 +21,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import threading
 import time
@@ -170,7 +171,7 @@ class Checkpointer:
         os.rename(temporary, final)
         rundir.sync_directory(self.run.checkpoints)
         self.run.event("commit", step=step, attempt=self.attempt)
-        self._rotate(counters.get("best_step") if self.settings.keep_best else None)
+        self._rotate(step, counters.get("best_step") if self.settings.keep_best else None)
 
     def _manifest(self, step: int, counters: dict[str, Any], receipts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         manifest = {
@@ -178,6 +179,7 @@ class Checkpointer:
             "step": step,
             "attempt": self.attempt,
             **self.hashes,
+            "identity": rundir.stored_identity(self.run),
             "counters": counters,
             "optimizer_steps": step,
             "tensors": [[n, list(shape)] for n, shape in self.strategy.shapes.items()],
@@ -204,13 +206,14 @@ class Checkpointer:
                 time.sleep(0.005)
         return receipts
 
-    def _rotate(self, best_step: int | None) -> None:
-        """Only after the commit: keep the newest, the best, and every n-th."""
-        steps = sorted(committed(self.run))
+    def _rotate(self, newest: int, best_step: int | None) -> None:
+        """Only after the commit of `newest`: keep the last ones, the best, and every n-th. What lies above `newest` is of
+        an attempt that this one left behind by going on from an earlier step (`--step`)."""
+        steps = committed(self.run)
         every = self.settings.keep_every
-        kept = set(steps[-self.settings.keep :]) | {best_step}
+        kept = set([step for step in steps if step <= newest][-self.settings.keep :]) | {best_step}
         for step in steps:
-            if step not in kept and not (every and step % every == 0):
+            if step > newest or (step not in kept and not (every and step % every == 0)):
                 _discard(self.run.checkpoint(step))
         for stale in self.run.checkpoints.glob(".*"):  # of saves that were killed, and of discards
             if stale.suffix in (".tmp", ".gone"):
@@ -303,22 +306,36 @@ class Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            raw = (path / "manifest.json").read_bytes()
-            self.manifest: dict[str, Any] = json.loads(raw)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path}/manifest.json: {error}") from None
-        if not isinstance(self.manifest, dict) or self.manifest.get("manifest_sha256") != _manifest_hash(self.manifest):
-            raise CheckpointError(f"{path}/manifest.json does not hash to what it says: it was changed or cut")
-        if self.manifest["format"] != FORMAT:
-            raise CheckpointError(f"{path}: format {self.manifest['format']}; this version reads {FORMAT}")
+            self.manifest: dict[str, Any] = json.loads((path / "manifest.json").read_bytes())
+            if self.manifest["manifest_sha256"] != _manifest_hash(self.manifest):
+                raise CheckpointError(f"{path}/manifest.json does not hash to what it says: it was changed or cut")
+            if self.manifest["format"] != FORMAT:
+                raise CheckpointError(f"{path}: format {self.manifest['format']}; this version reads {FORMAT}")
+            self._read_manifest()
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+            raise CheckpointError(f"{path}/manifest.json: {type(error).__name__}: {error}") from None
+        self._files: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
+
+    def _read_manifest(self) -> None:
+        path = self.path
         self.step: int = self.manifest["step"]
         self.kinds: list[str] = self.manifest["kinds"]
         self.shapes = {name: tuple(shape) for name, shape in self.manifest["tensors"]}
         self._index: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self.shapes}  # start, numel, file
+        if re.fullmatch(r"step-\d+", path.name) and path.name != f"step-{self.step:08d}":
+            raise CheckpointError(f"{path} holds step {self.step}: it was copied to another step's name")
+        if not all(isinstance(self.manifest[key], dict) for key in ("counters", "aliases")):
+            raise CheckpointError(f"{path}/manifest.json: `counters` and `aliases` must be objects")
         names = list(self.shapes)
+        numbers = [n for shape in self.shapes.values() for n in shape]
+        numbers += [n for file in self.manifest["files"] for piece in file["ranges"] for n in piece]
+        if any(type(n) is not int or n < 0 for n in numbers):
+            raise CheckpointError(f"{path}/manifest.json: shapes and ranges must be whole numbers, 0 or more")
         for number, file in enumerate(self.manifest["files"]):
-            if Path(file["name"]).name != file["name"]:
+            if not re.fullmatch(r"[\w-][\w.-]*", file["name"]):
                 raise CheckpointError(f"{path}: file name {file['name']!r} leads elsewhere")
+            if sorted(file["kinds"]) != self.kinds:
+                raise CheckpointError(f"{path}: {file['name']} holds {file['kinds']}, the checkpoint {self.kinds}")
             for i, start, numel in file["ranges"]:
                 self._index[names[i]].append((start, numel, number))
         for name, pieces in self._index.items():
@@ -330,11 +347,14 @@ class Reader:
                 reached = start + numel
             if reached != math.prod(self.shapes[name]):
                 raise CheckpointError(f"{path}: {name} ends at element {reached} of {math.prod(self.shapes[name])}")
-        self._files: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
 
     def verify(self, share: tuple[int, int] = (0, 1)) -> None:
-        """Compare size and sha256 of every file with the manifest; `share=(r, n)`: of every n-th from the r-th on."""
-        for file in self.manifest["files"][share[0] :: share[1]]:
+        """Compare size and sha256 of every file with the manifest, and its header with the ranges that it is to hold.
+
+        share=(r, n): only of every n-th file from the r-th on.
+        """
+        for number in range(share[0], len(self.manifest["files"]), share[1]):
+            file = self.manifest["files"][number]
             path = self.path / file["name"]
             digest = hashlib.sha256()
             try:
@@ -343,10 +363,23 @@ class Reader:
                 with open(path, "rb", buffering=0) as stream:
                     while chunk := stream.read(CHUNK_BYTES):
                         digest.update(chunk)
-            except OSError as error:
-                raise CheckpointError(f"{path}: {error}") from None
-            if digest.hexdigest() != file["sha256"]:
-                raise CheckpointError(f"{path}: sha256 differs from the manifest's: the file is corrupt")
+                if digest.hexdigest() != file["sha256"]:
+                    raise CheckpointError(f"{path}: sha256 differs from the manifest's: the file is corrupt")
+                names = list(self.shapes)
+                wanted = {
+                    f"{names[i]}|{k}|{start}": ("F32", [numel], 4 * numel)
+                    for i, start, numel in file["ranges"]
+                    for k in file["kinds"]
+                }
+                data, entries = self._open(number)
+                spans = {entry: at["data_offsets"] for entry, at in entries.items()}
+                held = {entry: (at["dtype"], at["shape"], end - begin)
+                        for (entry, at), (begin, end) in zip(entries.items(), spans.values(), strict=True)}  # fmt: skip
+                begins, ends = zip(*sorted(spans.values()), strict=True)
+                if held != wanted or (*begins, data.size) != (0, *ends):
+                    raise CheckpointError(f"{path}: its header is not that of the ranges in the manifest")
+            except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+                raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
 
     def read(self, name: str, kind: str, start: int, numel: int) -> np.ndarray:
         """`numel` flat fp32 values of `name` from element `start` on."""

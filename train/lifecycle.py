@@ -81,6 +81,9 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         run = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
         identity = rundir.admit(cfg, run, prepared.fingerprints, accept=request.accept)
         result = run.result() or {}
+        again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        if again and result.get("status") == "failed" and (result["reason"] or "").startswith(rundir.FINAL):
+            raise rundir.RunError(f"not started again: {result['reason']}", rundir.exit_code(result))
         opened = {"path": str(run.path), "math_hash": identity.math_hash, "exec_hash": identity.exec_hash}
         if result.get("status") == "finished" and not identity.changes:
             print(describe.show_result(run), flush=True)
@@ -159,6 +162,7 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
     """Say on the main process what is about to run, asked beside got."""
     run, G = opened.run, cfg.train.global_batch_size
     opened.run.event("start" if saved is None else "resume", attempt=opened.attempt, step=step,
+                     parent=saved.manifest["attempt"] if saved else 0,  # who saved what this attempt goes on from
                      exec_hash=opened.hashes["exec_hash"], world_size=in_force["world_size"])  # fmt: skip
     trained, total = parameters
     unit = f" x {cfg.data.seq_len} tokens" if cfg.task.name == "causal_lm" else ""
@@ -240,7 +244,9 @@ def explain(error: Exception) -> tuple[int, str]:
         code, reason = 1, f"non-finite: {error}"
     elif isinstance(error, checkpoint.CheckpointError | OSError):
         code, reason = 1, f"{type(error).__name__}: {error}"
-    elif type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    elif (
+        type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "allocate memory" in str(error)
+    ):
         code, reason = rundir.EXIT_MEMORY, "out_of_memory"
     else:
         log.exception("the run failed")
@@ -250,13 +256,17 @@ def explain(error: Exception) -> tuple[int, str]:
 
 
 def fail(reason: str) -> None:
-    """Write down that this process's run failed, if it owns one."""
-    if _opened is None or _opened.lock is None:
+    """Write down that this process's run failed: in `result.json` if it is the main process, else where that finds it."""
+    if _opened is None:
         return
+    run, attempt = _opened.run, _opened.attempt
     try:
+        if _opened.lock is None:
+            return run.event("failure", attempt=attempt, rank=int(os.environ.get("RANK", "0")), reason=reason)
+        reason = run.failure(attempt, reason)
         _opened.lock.check()
-        _opened.run.event("end", attempt=_opened.attempt, status="failed", reason=reason)
-        _opened.run.write_result("failed", _opened.attempt, reason=reason, **_opened.hashes)
+        run.event("end", attempt=attempt, status="failed", reason=reason)
+        run.write_result("failed", attempt, reason=reason, **_opened.hashes)
         _opened.lock.release()
     except (rundir.LockLost, OSError) as error:
         log.error("the failure could not be written down: %s", error)

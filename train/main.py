@@ -17,7 +17,7 @@ import torch
 from train import checkpoint, data, ledger, lifecycle, metrics, models, optim, order, strategy, tasks, trackers
 from train.config import Config
 from train.data.loader import Loader
-from train.stop import Stop
+from train.stop import Stop, Watchdog
 
 
 def train(cfg: Config, request: lifecycle.Request) -> None:
@@ -26,6 +26,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
 
     # ---------------------------------------------------------------------------------------------------- Processes
     procs = strategy.start(cfg)
+    watch = Watchdog(cfg, procs.rank, procs.world_size, lifecycle.fail)
 
     # ---------------------------------------------------------------------------------------------- The run directory
     prepared = lifecycle.prepare(cfg, procs)
@@ -34,6 +35,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         return procs.close()
     cfg, run = opened.cfg, opened.run
     stop = Stop(cfg, run.stop, run.save, started=started)
+    watch.open(run.logs, opened.attempt)
 
     # ------------------------------------------------------------------------------------------------- Task and model
     task = tasks.TASKS[cfg.task.name](cfg, prepared)
@@ -92,11 +94,13 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     reason: str | None = None
     while step < total_steps and reason is None:
         step, clock = step + 1, time.perf_counter()
+        watch.mark(step, "reading data")
         batches = loader.micro_batches(step - 1)
 
         # One all-reduce of integers a step, on the host: what carries loss in the whole global batch (the loss is divided
         # by that, so the gradient depends neither on the split nor on padding), what really went into the model (for the
         # ledger), and whether any rank wishes to stop or save (so that all do, at the same step).
+        watch.mark(step, "agreeing on counts")
         wish = stop.reason(step)
         tally = [torch.stack([task.count(b), b["weight"].count_nonzero(), b["sample"].sum()]) for b in batches]
         wishes = torch.tensor([wish is not None, stop.save_wanted()], dtype=torch.int64)
@@ -104,9 +108,12 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
 
         for i, batch in enumerate(map(loader.to_device, batches)):
             with models.keyed(engine.module, batch, cfg.seed), engine.micro_step(last=i == len(batches) - 1):
+                watch.mark(step, "forward")
                 loss_sum, _ = task.loss(engine.model, batch)
+                watch.mark(step, "backward")
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
                 engine.backward(loss_sum * (engine.scale / max(targets, 1)))
+        watch.mark(step, "update")
         lr = optim.lr(cfg, step, total_steps)
         grad_norm = engine.step(lr)  # None: not finite on some rank, skipped on all
 
@@ -125,6 +132,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         last = step == total_steps
         improved = False
         if last or (cfg.eval.every and step % cfg.eval.every == 0):
+            watch.mark(step, "evaluation")
             evaluation = evaluate()
             meter.add_eval(step, evaluation)
             improved = lifecycle.judge(counters, evaluation[metric], step, higher=task.directions[metric])
@@ -140,6 +148,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 engine.judge(row["grad_norm"])
                 tracker.log(row)
         if save:
+            watch.mark(step, "saving")
             counters["wall_s"] = before + time.monotonic() - started
             saver.save(step, counters)
             stop.save_done()
@@ -156,5 +165,6 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     lifecycle.conclude(opened, procs, prepared, status="finished" if finished else "stopped", reason=reason, step=step,
                        counters=counters, in_force=in_force, metric=metric, evaluation=evaluation, tracker=tracker,
                        measured=meter.summary(), state_hash=checkpoint.state_hash(engine, procs))  # fmt: skip
+    watch.close()
     engine.close()
     procs.close()

@@ -40,6 +40,10 @@ STATUSES = ("running", "finished", "stopped", "failed")
 EXIT_FINISHED, EXIT_FAILED, EXIT_CONFIG, EXIT_FIT, EXIT_MEMORY, EXIT_STOPPED = 0, 1, 2, 3, 12, 75
 CLASSIFIED = {"bad_config": EXIT_CONFIG, "does_not_fit": EXIT_FIT, "out_of_memory": EXIT_MEMORY}
 """Reasons of a `failed` result that have an exit code of their own; any other reason is 1."""
+FINAL = (*CLASSIFIED, "non-finite", "asked and got differ")
+"""How the reason of a failure begins that another attempt would only repeat: it is never started again."""
+FRUITLESS = 2
+"""So many attempts in a row without a new checkpoint end a run."""
 
 HEARTBEAT_S = 10.0
 PATIENCE_S = 60.0
@@ -207,7 +211,7 @@ class RunDir:
         self.plan = self.path / "plan.json"  # predicted
         self.env = self.path / "env.json"  # command, code, packages, devices of the newest attempt
         self.metrics = self.path / "metrics.jsonl"  # a line for every step
-        self.events = self.path / "events.jsonl"  # start, resume, save, commit, stop, oom, math_changed, end
+        self.events = self.path / "events.jsonl"  # start, resume, save, commit, stop, oom, failure, math_changed, end
         self.ledger = self.path / "ledger.jsonl"  # a line for every completed step: the samples it consumed
         self.result_file = self.path / "result.json"  # how the newest attempt stands
         self.checkpoints = self.path / "checkpoints"  # a directory for each committed step
@@ -243,6 +247,14 @@ class RunDir:
         except ValueError:
             raise RunError(f"{self.result_file} is not JSON. Remove it: the next attempt writes it again.") from None
 
+    def failure(self, attempt: int, reason: str) -> str:
+        """Why `attempt` failed: `reason`, unless a rank wrote down one that explains more. Where one rank is out of memory,
+        the others only see that it is gone."""
+        told = [
+            e["reason"] for e in read_jsonl(self.events) if e["kind"] in ("oom", "failure") and e["attempt"] == attempt
+        ]
+        return next((text for text in (reason, *told) if text.startswith((*FINAL, "hung"))), reason)
+
     def write_result(self, status: str, attempt: int, *, reason: str | None = None, **fields: Any) -> None:
         """Replace `result.json`. `reason`: why it stopped or failed, a word of `CLASSIFIED` where one fits."""
         if status not in STATUSES:
@@ -274,6 +286,11 @@ class RunDir:
         self.stop.unlink(missing_ok=True)
         self.save.unlink(missing_ok=True)
         _cut_torn_end(self.events)
+
+
+def newest(run: RunDir) -> int:
+    """Step of the newest committed checkpoint; 0 without one."""
+    return max([0, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/manifest.json"))])
 
 
 def resolve(cfg: Config, math_hash: str) -> RunDir:
@@ -324,7 +341,7 @@ def admit(cfg: Config, run: RunDir, fingerprints: dict[str, str], *, accept: boo
     Where, how and what is watched may differ. Raises `RunError` (exit code 2) if what is learned differs and `accept`
     is not set: with the differences, and the line that accepts them.
     """
-    stored = _stored_identity(run)
+    stored = stored_identity(run)
     precision = cfg.train.precision
     if stored and stored["math"]["train"]["precision"] == "auto" and precision in ("auto", stored["precision"]):
         cfg = replace(cfg, train=replace(cfg.train, precision="auto"))
@@ -364,13 +381,18 @@ def freeze(cfg: Config, run: RunDir, identity: Identity, attempt: int) -> None:
         run.event("math_changed", attempt=attempt, math_hash=identity.math_hash, changes=list(identity.changes))
 
 
-def _stored_identity(run: RunDir) -> dict[str, Any] | None:
-    try:
-        return json.loads(run.identity.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        raise RunError(f"{run.identity} is not JSON. Without it a resume cannot be checked: restore it.") from None
+def stored_identity(run: RunDir) -> dict[str, Any] | None:
+    """What the run was started with: `math.json`; in a copy that lacks it, what the newest checkpoint says."""
+    manifests = sorted(run.checkpoints.glob("step-*/manifest.json"))
+    for file in [run.identity, *manifests[-1:]]:
+        try:
+            found = json.loads(file.read_bytes())
+            return found if file == run.identity else found.get("identity")
+        except FileNotFoundError:
+            continue
+        except ValueError:
+            raise RunError(f"{file} is not JSON. Without it a resume cannot be checked: restore it.") from None
+    return None
 
 
 def _overrides(old: dict[str, Any], new: dict[str, Any]) -> str:
