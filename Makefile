@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm check docs bench finetune equivalence
+.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test: install-dev
 #: slurm         the tests on a real Slurm of several nodes on this machine (Debian's packages; see docs/slurm.md)
 slurm: install-dev
 	$(BIN)/python -m pytest -m "slurm and not slow" $(ARGS)
+#: slurm-all     the same and what takes minutes: real time limits, changing sizes, timings
+slurm-all: install-dev
+	$(BIN)/python -m pytest -m slurm -rP $(ARGS)
 
 #: check         formatting, lint, types
 check: install-dev
@@ -81,3 +84,7 @@ finetune: smollm2
 #: equivalence   every strategy on every number of ranks, against one process
 equivalence: install-dev
 	$(BIN)/python benchmarks/equivalence.py $(ARGS)
+
+#: kill          500 kills and 100 requests to stop at random moments; a quarter of an hour
+kill: install-dev
+	$(BIN)/python benchmarks/kill.py $(ARGS)
