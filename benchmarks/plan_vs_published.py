@@ -1,6 +1,6 @@
 """The planner against measurements that other people published.
 
-    python benchmarks/plan_vs_published.py [--data DIR] [--json] [--fit] [--rows]
+    python benchmarks/plan_vs_published.py [--data DIR] [--json | --markdown] [--fit] [--rows]
 
 Reads memory.csv, throughput.csv, fits.csv and gpu_hours.csv of a folder (those that are there), predicts every row that
 is in scope with nothing but the inputs that the row names, and reports per source and in all, with the sign:
@@ -12,7 +12,8 @@ is in scope with nothing but the inputs that the row names, and reports per sour
 
 A row is out of scope (counted by reason) when its layout, method, model family or precision is none of this project's, or
 when its figure is not a measurement to trust (trust C and D). A row in scope that cannot be predicted is listed with the
-reason. `--fit` fits the constants of time again, on all sources and with each left out, and prints both.
+reason, one whose figure has no known unit with the prediction. `--fit` fits the constants of time and memory again, on all
+sources and with each left out, and reports the errors of both.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class Unpredictable(Exception):
 # What the name of a model says about its architecture; dimensions come from the row. First match wins.
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     (r"moe|mixtral|a\d+b\b|deepseek-?v[23]|dbrx|gpt-oss|scout|maverick", {}),
-    (r"mamba|jamba|rwkv|t5\b|bert|whisper|-vl|vision|llava|chatglm|qwen3\.5|qwen3-next", {}),
+    (r"mamba|jamba|rwkv|t5\b|bert|whisper|-vl|vision|llava|chatglm|qwen3\.5|qwen3-next|rlhf", {}),
     (r"mpt", {"norm": "layer", "gated": False, "tied": True, "rotary": 0.0, "learned": True}),
     (
         r"pythia|neox|stablelm-?.*alpha|stablelm alpha|dolly|redpajama",
@@ -72,14 +73,17 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ),
     (r"falcon-?\s?7b", {"norm": "layer", "gated": False, "parallel": True, "shared_norm": True, "tied": True}),
     (r"falcon", {"norm": "layer", "gated": False, "parallel": True, "tied": True}),
+    (r"gpt-j", {"norm": "layer", "gated": False, "bias": True, "parallel": True, "shared_norm": True, "rotary": 0.25}),
+    (r"bloom", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0}),
     (r"gemma", {"tied": True, "head_dim": 256}),
     (
-        r"gpt-?2|gpt2|nanogpt",
+        r"gpt-?2|nanogpt|cerebras-gpt|starcoder(base)?\b",
         {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True},
     ),
     (r"opt-", {"norm": "layer", "gated": False, "bias": True, "tied": True, "rotary": 0.0, "learned": True}),
     (
-        r"llama|mistral|vicuna|alpaca|yi-|qwen|phi-3|smollm|tinyllama|tiny-llama|olmo|internlm|granite|baichuan|code ?llama",
+        r"llama|mistral|vicuna|alpaca|yi-|qwen|phi-[34]|smollm|olmo|internlm|granite|baichuan|danube|zephyr|solar|minicpm"
+        r"|deepseek-(llm|coder|math)",
         {},
     ),
 ]
@@ -109,7 +113,7 @@ def style(row: Row) -> str:
         ("lit-gpt", "litgpt"),
         ("torchtune", "torchtune"),
         ("foundry", "llmfoundry"),
-        ("torchtitan", "torchtune"),
+        ("torchtitan", "torchtitan"),
         ("llm.c", "llmfoundry"),
     ):
         if key in framework:
@@ -209,7 +213,7 @@ def spec(row: Row) -> tuple[Spec, int]:
         int(number(row, "kv_heads") or heads),
         whole(row, "ffn"),
         whole(row, "vocab"),
-        style=kind,
+        style="torchtune" if kind == "torchtitan" else kind,
         **facts,
         **adapters,
         **chunks,
@@ -217,19 +221,12 @@ def spec(row: Row) -> tuple[Spec, int]:
     return made, rows
 
 
-def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
-    """How the row laid out its step. `defaults` fills what it does not say."""
-    d = defaults or {}
-    ranks = int(number(row, "gpus") or d.get("gpus", 0) or 0)
-    if not ranks:
-        raise Unpredictable("no gpus")
-    micro = number(row, "micro_batch") or d.get("micro_batch")
-    if not micro:
-        raise Unpredictable("no micro_batch")
-    micro = int(micro)
+def layout(row: Row) -> Layout:
+    """How the row laid out its step."""
+    ranks, micro = whole(row, "gpus"), whole(row, "micro_batch")
     accumulation = number(row, "grad_accum")
     if accumulation is None:
-        batch = number(row, "global_batch") or d.get("global_batch")
+        batch = number(row, "global_batch")
         accumulation = max(1, round(batch / micro / ranks)) if batch else 1
     text = row.get("sharding", "").lower()
     stage = row.get("zero_n") or "0"
@@ -241,9 +238,11 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
         name = "fsdp2"
     else:
         name = {"1": "zero1", "2": "zero2", "3": "zero3"}.get(stage, "ddp")
-    saved = row.get("act_ckpt_n") or d.get("act_ckpt_n")
+    saved = row.get("act_ckpt_n")
     if not saved:
         raise Unpredictable("no act_ckpt_n")
+    if saved.startswith("selective") and re.search(r"\bops?\b|operator", row.get("act_ckpt", "").lower()):
+        raise OutOfScope("recomputation of single operators")
     offload = row.get("offload", "").lower()
     precision, kind = row.get("precision", "").lower(), style(row)
     optimizer = {"adamw8bit": "adamw_8bit", "sgd": "sgd"}.get(row.get("optimizer_n", ""), "adamw")
@@ -262,7 +261,7 @@ def layout(row: Row, defaults: dict[str, Any] | None = None) -> Layout:
         checkpointing={"none": 0, "full": 1, "selective": 2}[saved.split("+")[0]],
         offload="paged" if "paged" in offload else "cpu" if re.search(r"optimizer|cpu offload", offload) else "none",
         activation_offload="activation" in offload,
-        compile=("all" if chunked else "blocks") if row.get("compile") == "yes" else "none",
+        compile=("all" if chunked and kind != "torchtitan" else "blocks") if row.get("compile") == "yes" else "none",
         optimizer=optimizer,
         foreach="fused" not in notes and kind == "transformers",
         quantised=row.get("method_n") == "qlora",
@@ -286,12 +285,14 @@ def card(row: Row) -> constants.Card:
 
 
 def machine(row: Row, ranks: int) -> timing.Machine:
-    device = card(row)
-    each = min(8, ranks)
-    gbits = re.search(r"(\d+)\s*gb(?:ps|it)", row.get("interconnect", "").lower())
-    inter = float(gbits[1]) / 8 * 1e9 if gbits else constants.DEFAULT_INTER_GB_S[device.generation] * 1e9
+    device, links = card(row), row.get("interconnect", "")
+    nodes = -(-ranks // 8)
+    ports = re.findall(r"(?:\b(\d+) ?x [^|;,+]*?)?\b(\d+) ?Gb(?:ps|its?\b|/s)", links)  # Gb is a network, GB is NVLink
+    inter = max((int(n or 1) * int(gbits) / 8 for n, gbits in ports), default=0.0)
+    inter = inter or constants.DEFAULT_INTER_GB_S[device.generation]
+    intra = 25.0 if re.search("pcie", links.lower()) and "nvlink" not in links.lower() else device.link_gb_s
     return timing.Machine(
-        device, "cuda", each, max(1, ranks // each), device.memory_gib * GIB, device.link_gb_s * 1e9, inter
+        device, "cuda", max(1, ranks // nodes), nodes, device.memory_gib * GIB, intra * 1e9, inter * 1e9
     )
 
 
@@ -334,13 +335,12 @@ def trace_of(row: Row, laid: Layout) -> Trace:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+class Incomparable(Exception):
+    """The row was predicted, but its figure cannot be compared: `args` are the prediction and why."""
+
+
 def predict_memory(row: Row) -> tuple[float, float]:
     """(predicted, measured) GiB of one device."""
-    measured = number(row, "peak_mem_gib")
-    if measured is None:
-        raise Unpredictable("no peak in a known unit")
-    if re.search("not packed", row.get("notes", "").lower()):
-        raise Unpredictable("padded: the tokens of a batch are not known")
     laid = layout(row)
     held = memory.holds(trace_of(row, laid), laid).allocated
     metric = row.get("mem_metric", "").lower()
@@ -348,23 +348,37 @@ def predict_memory(row: Row) -> tuple[float, float]:
         held *= 1 + constants.RESERVE_FRACTION
     elif re.search("nvidia-smi|nvml|device", metric):
         held += sum(memory.device_overhead(held, laid.ranks, "cuda").values())
+    if re.search("sum|total|all gpus", row.get("mem_scope", "").lower()):
+        held *= laid.ranks
+    measured = number(row, "peak_mem_gib")
+    if measured is None:
+        raise Incomparable(f"{held / GIB:.1f} GiB", "no peak in a known unit")
+    if padded(row):
+        raise Incomparable(f"{held / GIB:.1f} GiB", "padded: the tokens of a batch are not known")
     return held / GIB, measured
+
+
+def padded(row: Row) -> bool:
+    return "not packed" in row.get("notes", "").lower()
 
 
 def predict_throughput(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[float, float]:
     """(predicted, measured) tokens per second and device."""
-    measured = number(row, "tokens_per_s_per_gpu")
     laid = layout(row)
     made_trace = trace_of(row, laid)
-    if measured is None:
-        seconds = number(row, "step_time_s")
-        if seconds is None:
-            raise Unpredictable("no tokens per second or step time")
-        measured = laid.micro_batch * laid.accumulation * made_trace.tokens / seconds
-    if re.search("not packed", row.get("notes", "").lower()):
-        raise Unpredictable("padded: the tokens of a batch are not known")
-    step = timing.step_time(made_trace, laid, machine(row, laid.ranks), speed)
-    return laid.micro_batch * laid.accumulation * made_trace.tokens / step.seconds, measured
+    tokens = laid.micro_batch * laid.accumulation * made_trace.tokens
+    predicted = tokens / timing.step_time(made_trace, laid, machine(row, laid.ranks), speed).seconds
+    if padded(row):
+        raise Incomparable(f"{predicted:,.0f} tokens/s", "padded: the tokens of a batch are not known")
+    if measured := number(row, "tokens_per_s_per_gpu"):
+        return predicted, measured
+    if measured := number(row, "tokens_per_s_total"):
+        return predicted, measured / laid.ranks
+    if measured := number(row, "samples_per_s"):
+        return predicted, measured * made_trace.tokens / laid.ranks
+    if seconds := number(row, "step_time_s"):
+        return predicted, tokens / seconds
+    raise Incomparable(f"{predicted:,.0f} tokens/s", "no tokens or samples per second, no step time")
 
 
 def predict_fit(row: Row) -> tuple[bool, bool, float]:
@@ -395,7 +409,7 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
         raise OutOfScope("not a training run from a config")
     if row["subset"].startswith("mlperf"):
         raise OutOfScope("time to a quality, evaluation included")
-    made, rows = spec({**row, "ffn": row.get("ffn") or DIMENSIONS.get(row.get("model", ""), ("", ""))[0]})
+    made, rows = spec(row)
     batch = number(row, "global_batch") or round((number(row, "global_batch_tokens") or ASSUMED_TOKENS) / rows)
     ranks = int(number(row, "gpus") or min(batch, max(1, batch * rows // ASSUMED_TOKENS_EACH)))
     precision = row.get("precision_n") or "bf16"
@@ -413,9 +427,6 @@ def predict_hours(row: Row, speed: timing.Speed = constants.SPEED) -> tuple[floa
         raise Unpredictable("no layout of this project's fits the cluster")
     productive = 1.0 if "step time" in row.get("scope", "") else timing.productive(place)
     return tokens * best * ranks / 3600 / productive, stated
-
-
-DIMENSIONS: dict[str, tuple[str, str]] = {}
 
 
 def layouts(ranks: int, batch: int) -> Iterator[tuple[Layout, str]]:
@@ -437,22 +448,27 @@ class Scores:
 
     errors: dict[str, list[tuple[str, float]]]  # source -> (row, signed relative error)
     out: Counter[str]
-    unpredictable: list[tuple[str, str]]
+    unpredictable: list[tuple[str, str]]  # row, why
+    incomparable: list[tuple[str, str, str]]  # row, prediction, why
 
     def all(self) -> list[float]:
         return [e for rows in self.errors.values() for _, e in rows]
 
 
 def judged(rows: list[Row], predict: Callable[[Row], tuple[float, float]]) -> Scores:
-    scores = Scores(defaultdict(list), Counter(), [])
+    scores = Scores(defaultdict(list), Counter(), [], [])
     for row in rows:
         try:
             check_scope(row)
             predicted, measured = predict(row)
         except OutOfScope as reason:
             scores.out[str(reason)] += 1
+        except Incomparable as reason:
+            scores.incomparable.append((row["id"], *reason.args))
         except Unpredictable as reason:
             scores.unpredictable.append((row["id"], str(reason)))
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # a row like none before
+            scores.unpredictable.append((row["id"], f"{type(error).__name__}: {error}"))
         else:
             scores.errors[row["subset"]].append((row["id"], predicted / measured - 1))
     return scores
@@ -491,6 +507,7 @@ def report(folder: Path) -> dict[str, Any]:
             "all": summary(scores.all()) if scores.all() else None,
             "out_of_scope": dict(scores.out.most_common()),
             "unpredictable": scores.unpredictable,
+            "incomparable": scores.incomparable,
             "rows": {row: error for rows in scores.errors.values() for row, error in rows},
         }
     rows = read(folder, "fits.csv")
@@ -512,6 +529,7 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
     unpredictable: list[tuple[str, str]] = []
     cells: dict[str, Counter[str]] = defaultdict(Counter)
     wrong: list[tuple[str, str, float]] = []
+    rates: dict[str, list[bool]] = defaultdict(list)  # known to fit or to fail -> rightly predicted
     for row in rows:
         try:
             check_scope(row)
@@ -522,6 +540,11 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
         except Unpredictable as reason:
             unpredictable.append((row["id"], str(reason)))
             continue
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            unpredictable.append((row["id"], f"{type(error).__name__}: {error}"))
+            continue
+        known_to = rates["fit" if known else "fail" if not row.get("missing_inputs") else "fail, inputs missing"]
+        known_to.append(predicted == known)
         cell = f"{'fits' if known else 'fails'}, predicted to {'fit' if predicted else 'fail'}"
         cells[row["subset"]][cell] += 1
         cells["all"][cell] += 1
@@ -529,6 +552,7 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
             wrong.append((row["id"], cell, round(share, 3)))
     return {
         "cells": {k: dict(v) for k, v in cells.items()},
+        "rates": {k: {"rows": len(v), "right": statistics.fmean(v)} for k, v in rates.items()},
         "wrong": wrong,
         "out_of_scope": dict(out.most_common()),
         "unpredictable": unpredictable,
@@ -619,6 +643,8 @@ def show(found: dict[str, Any], *, rows: bool) -> None:
         print("fits: known against predicted")
         for source, cells in found["fits"]["cells"].items():
             print(f"  {source:28s} " + "   ".join(f"{cell}: {count}" for cell, count in sorted(cells.items())))
+        for known, rate in found["fits"]["rates"].items():
+            print(f"  known to {known}: {rate['right']:.1%} of {rate['rows']} rows predicted to")
         for row, cell, share in found["fits"]["wrong"]:
             print(f"      {row:32s} {cell} ({share:.0%} of the device)")
         tail(found["fits"])
@@ -634,6 +660,8 @@ def tail(part: dict[str, Any]) -> None:
     reasons: dict[str, list[str]] = defaultdict(list)
     for row, why in part["unpredictable"]:
         reasons[why].append(row)
+    for row, predicted, why in part.get("incomparable", ()):
+        print(f"  predicted without a figure to compare: {row} {predicted} ({why})")
     print(f"  cannot be predicted: {len(part['unpredictable'])} rows")
     for why, names in reasons.items():
         print(f"      {why}: {', '.join(names)}")
