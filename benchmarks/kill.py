@@ -206,8 +206,8 @@ def save_in_place(self: Any, step: int, counters: dict[str, Any]) -> None:
     for old in checkpoint.committed(self.run):
         shutil.rmtree(self.run.checkpoint(old))
     final = rundir.make_directory(self.run.checkpoint(step))
-    checkpoint._write_file(final, 0, header, flat, table)
-    manifest = self._manifest(step, dict(counters), self._receipts(final))
+    receipt = checkpoint._write_file(final, 0, header, flat, table)
+    manifest = self._manifest(step, dict(counters), {0: receipt})
     with open(os.open(final / "manifest.json", os.O_WRONLY | os.O_CREAT, 0o640), "wb") as file:
         file.write(json.dumps(manifest).encode())
     self.run.event("commit", step=step, attempt=self.attempt)

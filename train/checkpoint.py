@@ -16,6 +16,7 @@ Reading needs no torch until values become tensors, so `gearshift verify` and `s
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -26,6 +27,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,7 +85,7 @@ class Checkpointer:
         self.hashes, self.lock, self.attempt, self.saved_step = hashes, lock, attempt, saved_step
         self._buffer: Any = None
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._failed: tuple[int, Exception] | None = None  # a step whose save failed, until that is reported
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Save the state after update `step`. Returns once the live state is copied (`asynchronous`) or committed.
@@ -101,15 +103,21 @@ class Checkpointer:
             self.run.event("save", step=step, attempt=self.attempt)
 
         def write() -> None:
+            receipt: dict[str, Any]
             try:
                 rundir.make_directory(temporary)
-                _write_file(temporary, self.procs.rank, header, flat, table)
-                if self.procs.is_main:
-                    self._commit(temporary, step, counters)
+                receipt = _write_file(temporary, self.procs.rank, header, flat, table)
             except Exception as error:
-                self._error = error
-                # Tell the main process, or it would wait for this rank.
-                _receipt(temporary, self.procs.rank, {"error": f"{type(error).__name__}: {error}"})
+                error = self._explained(error, temporary, len(header) + flat.nbytes)
+                self._failed, receipt = (step, error), {"error": f"{type(error).__name__}: {error}"}
+            if not self.procs.is_main:
+                return _leave_receipt(temporary, self.procs.rank, receipt)
+            try:
+                if "error" not in receipt:
+                    return self._commit(temporary, step, counters, receipt)
+            except Exception as error:
+                self._failed = step, self._explained(error, temporary, len(header) + flat.nbytes)
+            shutil.rmtree(temporary, ignore_errors=True)  # a full disk gets its space back
 
         self._thread = threading.Thread(target=write, name=f"save-{step}", daemon=True)
         self._thread.start()
@@ -127,13 +135,26 @@ class Checkpointer:
 
         A lost lock always raises: another process owns the run by now.
         """
-        error, self._error = self._error, None
-        if error is None:
+        failed, self._failed = self._failed, None
+        if failed is None:
             return
+        step, error = failed
         if on_error == "stop" or isinstance(error, rundir.LockLost):
             raise error
-        log.error("the save of step %s failed, older checkpoints stay: %s", self.saved_step, error)
-        self.run.event("save_failed", step=self.saved_step, attempt=self.attempt, error=str(error))
+        log.error("the save of step %d failed, older checkpoints stay: %s", step, error)
+        with suppress(OSError):  # the disk may be full
+            self.run.event("save_failed", step=step, attempt=self.attempt, error=str(error))
+
+    def _explained(self, error: Exception, path: Path, size: int) -> Exception:
+        """An error of the file system with what a person needs: the path, what is needed, what is free."""
+        if not isinstance(error, OSError):
+            return error
+        text = f"{error.filename or path}: {error.strerror or error}; {size / 2**20:.1f} MiB needed"
+        with suppress(OSError):
+            disk = os.statvfs(self.run.checkpoints)
+            text += f", {disk.f_bavail * disk.f_frsize / 2**20:.1f} MiB free"
+            text += f", {disk.f_favail:,} inodes free" if disk.f_files else ""
+        return OSError(text)
 
     def _copy(self) -> tuple[list[tuple[str, str, int, int]], np.ndarray]:
         """Ranges (name, kind, start, numel) and their values, one after the other, in a host buffer that is reused."""
@@ -152,12 +173,12 @@ class Checkpointer:
             torch.cuda.synchronize(self.procs.device)
         return [(n, k, s, t.numel()) for n, k, s, t in owned], self._buffer.numpy()
 
-    def _commit(self, temporary: Path, step: int, counters: dict[str, Any]) -> None:
-        receipts = self._receipts(temporary)
-        failed = {r: receipt["error"] for r, receipt in receipts.items() if "error" in receipt}
+    def _commit(self, temporary: Path, step: int, counters: dict[str, Any], receipt: dict[str, Any]) -> None:
+        """On the main process: when every rank has written, name and hash it all, and rename the directory. receipt: its own."""
+        receipts = self._receipts(temporary, receipt)
+        failed = [f"rank {rank}: {r['error']}" for rank, r in sorted(receipts.items()) if "error" in r]
         if failed:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise CheckpointError(f"step {step} was not saved: {failed}")
+            raise CheckpointError("; ".join(failed))
         manifest = self._manifest(step, counters, receipts)
         for file in temporary.glob("receipt-*.json"):
             file.unlink()
@@ -191,14 +212,14 @@ class Checkpointer:
         }
         return {**manifest, "manifest_sha256": _manifest_hash(manifest)}
 
-    def _receipts(self, temporary: Path) -> dict[int, dict[str, Any]]:
+    def _receipts(self, temporary: Path, own: dict[str, Any]) -> dict[int, dict[str, Any]]:
         deadline = time.monotonic() + PEER_TIMEOUT_S
-        receipts: dict[int, dict[str, Any]] = {}
+        receipts = {0: own}
         while len(receipts) < self.procs.world_size:
             for rank in range(self.procs.world_size):
                 file = temporary / f"receipt-{rank:05d}.json"
                 if rank not in receipts and file.exists():
-                    receipts[rank] = json.loads(file.read_bytes())
+                    receipts[rank] = json.loads(file.read_bytes() or '{"error": "the disk took not even the reason"}')
             if len(receipts) < self.procs.world_size:
                 if time.monotonic() > deadline:
                     missing = sorted(set(range(self.procs.world_size)) - set(receipts))
@@ -216,6 +237,9 @@ class Checkpointer:
             if step > newest or (step not in kept and not (every and step % every == 0)):
                 _discard(self.run.checkpoint(step))
         for stale in self.run.checkpoints.glob(".*"):  # of saves that were killed, and of discards
+            save = re.fullmatch(r"\.step-(\d+)\.(\d+)\.tmp", stale.name)
+            if save and int(save[1]) > newest and int(save[2]) == self.attempt:
+                continue  # a rank that was faster than this thread has begun the next save
             if stale.suffix in (".tmp", ".gone"):
                 shutil.rmtree(stale, ignore_errors=True)
 
@@ -249,14 +273,13 @@ def _header(ranges: list[tuple[str, str, int, int]], names: dict[str, int]) -> t
     }
 
 
-def _write_file(directory: Path, rank: int, header: bytes, flat: np.ndarray, table: dict[str, Any]) -> None:
-    """Write one rank's file, hashing on the way, then its receipt."""
+def _write_file(directory: Path, rank: int, header: bytes, flat: np.ndarray, table: dict[str, Any]) -> dict[str, Any]:
+    """Write one rank's file, hashing on the way; what the manifest is to say about it."""
     name = f"rank-{rank:05d}.safetensors"
     digest, size = hashlib.sha256(header), len(header) + flat.nbytes
     if table["ranges"]:
-        free = shutil.disk_usage(directory).free
-        if free < size:
-            raise OSError(f"{directory}: {size / 2**20:.1f} MiB needed, {free / 2**20:.1f} MiB free")
+        if shutil.disk_usage(directory).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         data = flat.data.cast("B")
         descriptor = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, rundir.FILE_MODE)
         with open(descriptor, "wb", buffering=0) as file:
@@ -267,14 +290,18 @@ def _write_file(directory: Path, rank: int, header: bytes, flat: np.ndarray, tab
                 while chunk:
                     chunk = chunk[file.write(chunk) :]
             os.fsync(file.fileno())
-    _receipt(directory, rank, {"name": name, "sha256": digest.hexdigest(), "size": size, **table})
+    return {"name": name, "sha256": digest.hexdigest(), "size": size, **table}
 
 
-def _receipt(directory: Path, rank: int, content: dict[str, Any]) -> None:
+def _leave_receipt(directory: Path, rank: int, content: dict[str, Any]) -> None:
+    """Tell the main process, which waits for it, that this rank has written, or why not."""
+    file = directory / f"receipt-{rank:05d}.json"
     try:
-        rundir.atomic_write(directory / f"receipt-{rank:05d}.json", json.dumps(content))
+        rundir.atomic_write(file, json.dumps(content))
     except OSError as error:
         log.error("rank %d cannot write to %s: %s", rank, directory, error)
+        with suppress(OSError):  # an empty file fits where nothing else does
+            file.touch()
 
 
 def _manifest_hash(manifest: dict[str, Any]) -> str:
