@@ -108,3 +108,16 @@ def standin(directory: Path, **plan: object) -> Path:
     )
     path.chmod(0o755)
     return path
+
+
+def standins(directory: Path) -> list[int]:
+    """Process ids, on this machine, of the stand-ins that train with this directory's plan."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"{directory}/standin.json".encode() in words and words[1].endswith(b"standin_train.py"):
+            found.append(int(process.name))
+    return found
