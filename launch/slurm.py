@@ -375,6 +375,10 @@ def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str], lo
     result = run.result() or {}
     if (result.get("attempt") or 0) <= ours["after"]:
         result = {}  # an earlier attempt's
+    elif result["status"] in ("running", "failed") and (
+        why := run.failure(result["attempt"], result.get("reason") or "")
+    ):
+        result |= {"status": "failed", "reason": why}  # any rank's, where the main process could not write it down
     verdict = judge(result, run.stop_reason(), code, heard, facts, restart, lost)
     launches, now = _history(run, job), newest(run)
     launches[-1].cause = verdict.cause

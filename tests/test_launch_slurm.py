@@ -238,6 +238,17 @@ def test_two_attempts_without_a_checkpoint_end_it(job):
     assert run.result()["reason"].startswith("no-progress")
 
 
+def test_any_rank_may_say_why_it_failed(job):
+    """A rank that is not the main process is out of memory; the main one is ended before it can write anything."""
+    run, arguments = job
+    assert slurm.begin(arguments)
+    run.write_result("running", 1)
+    run.event("failure", attempt=1, rank=1, reason="out_of_memory")
+    verdict = slurm.settle(run, code=1, heard=set(), facts=RUNNING)
+    assert (verdict.action, verdict.code) == ("end", 12)
+    assert (run.result()["status"], run.result()["reason"]) == ("failed", "out_of_memory")
+
+
 def test_preemptions_without_a_checkpoint_do_not_count(job):
     facts = {**RUNNING, "PreemptTime": "2026-01-01T00:00:00"}
     for _ in range(5):
