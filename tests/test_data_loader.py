@@ -92,6 +92,7 @@ def test_a_step_is_read_once_and_ahead() -> None:
     (loader,) = loaders([data], batch=8, world=1, micro=3)
     for step in range(5):  # one epoch of 40
         assert len(loader.micro_batches(step)) == 3
+        loader.read_ahead(step + 1)
     loader._ahead[1].result().wait()  # type: ignore[index]
     assert data.reads == Counter({(i, 0): 1 for i in range(40)} | {(int(i), 1): 1 for i in loader.order.ids(5).index})
     assert torch.equal(loader.micro_batches(3)[0]["x"], loaders([data], 8, 1, 3)[0].micro_batches(3)[0]["x"])
@@ -108,6 +109,7 @@ def test_waiting_is_measured() -> None:
     loader.micro_batches(0)
     waited = loader.wait_s
     assert waited > 0.03
+    loader.read_ahead(1)
     loader._ahead[1].result().wait()  # type: ignore[index]
     loader.micro_batches(1)
     assert loader.wait_s < waited / 2

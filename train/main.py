@@ -111,6 +111,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 watch.mark(step, "forward")
                 loss_sum, _ = task.loss(engine.model, batch)
                 watch.mark(step, "backward")
+                if i == 0:
+                    loader.read_ahead(step)  # the next step's samples, while the backward pass runs without the interpreter
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
                 engine.backward(loss_sum * (engine.scale / max(targets, 1)))
         watch.mark(step, "update")

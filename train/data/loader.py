@@ -63,13 +63,18 @@ class Loader:
 
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this rank for 0-based `step`, in (pinned) host memory, so that they can be counted without
-        waiting for a device; `to_device` moves one. The reading of `step` + 1 begins before it returns."""
+        waiting for a device; `to_device` moves one."""
         begun = time.perf_counter()
         planned = self._ahead[1] if self._ahead and self._ahead[0] == step else self._pool.submit(self._plan, step)
-        self._ahead = (step + 1, self._pool.submit(self._plan, step + 1))
+        self._ahead = None
         batches = planned.result().wait()
         self.wait_s = time.perf_counter() - begun
         return batches
+
+    def read_ahead(self, step: int) -> None:
+        """Begin to read 0-based `step`, in threads. Best called just before a backward pass, which needs no interpreter:
+        threads that need it too would hold up a forward pass."""
+        self._ahead = (step, self._pool.submit(self._plan, step))
 
     def eval_batches(self, dataset: Dataset, n: int | None = None) -> Iterator[Batch]:
         """The first `n` samples of `dataset` (all of them by default), each on exactly one rank.
