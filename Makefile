@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence kill
+.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence resume-matrix kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -80,6 +80,10 @@ bench: install-dev
 #: finetune      SmolLM2 with LoRA and QLoRA: held-out loss, exports, answers; ten minutes
 finetune: smollm2
 	$(BIN)/python benchmarks/finetune.py $(ARGS)
+
+#: resume-matrix every strategy on every number of ranks goes on from every other's checkpoint; kills on the way
+resume-matrix: install-dev
+	$(BIN)/python benchmarks/resume.py $(ARGS)
 
 #: equivalence   every strategy on every number of ranks, against one process
 equivalence: install-dev

@@ -202,7 +202,8 @@ def start(cfg: Config) -> Processes:
     owns_group = (world_size > 1 or name != "single") and not dist.is_initialized()
     if owns_group:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        timeout = datetime.timedelta(seconds=max(cfg.run.startup_timeout_s, cfg.run.step_timeout_s))
+        slack = 300.0  # the watchdog is to come first: it knows which rank is behind
+        timeout = datetime.timedelta(seconds=max(cfg.run.startup_timeout_s, cfg.run.step_timeout_s) + slack)
         dist.init_process_group(
             backend, store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout
         )
