@@ -266,7 +266,6 @@ def layout(row: Row) -> Layout:
         foreach="fused" not in notes and kind == "transformers",
         quantised=row.get("method_n") == "qlora",
         single_quantisation="dq" not in row.get("quant", "") and kind == "litgpt",
-        quantised_inputs=False,
         pure=pure,
         step_in_backward="optimizer_in_bwd" in notes,
         gathered_twice=stage == "3",
@@ -564,21 +563,24 @@ def confusion(rows: list[Row]) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------------
 
 FITTED = ("matmul", "matmul_hopper", "narrow", "bandwidth", "overlap", "link")
+Judge = Callable[[Row], tuple[float, float]]
 
 
-def fit(rows: list[Row], start: timing.Speed) -> timing.Speed:
-    """The constants of time that make the mean absolute log error smallest, sources weighing alike; by coordinates."""
+def loss(rows: list[Row], predict: Judge) -> float:
+    """The sum of absolute log errors, a source weighing by the root of its rows."""
     sources = Counter(row["subset"] for row in rows)
+    errors = ((row, *predict(row)) for row in rows)
+    return sum(abs(math.log(p / m)) / sources[row["subset"]] ** 0.5 for row, p, m in errors)
 
-    def loss(speed: timing.Speed) -> float:
-        total = 0.0
-        for row in rows:
-            predicted, measured = predict_throughput(row, speed)
-            total += abs(math.log(predicted / measured)) / sources[row["subset"]] ** 0.5
-        return total
 
-    best, lowest = start, loss(start)
-    for factor in (1.25, 1.1, 1.04, 1.015):
+def fit_speed(rows: list[Row], start: timing.Speed) -> timing.Speed:
+    """The constants of time with the smallest loss, one coordinate after the other."""
+
+    def of(speed: timing.Speed) -> float:
+        return loss(rows, lambda row: predict_throughput(row, speed))
+
+    best, lowest = start, of(start)
+    for factor in (1.08, 1.02):
         improved = True
         while improved:
             improved = False
@@ -588,30 +590,60 @@ def fit(rows: list[Row], start: timing.Speed) -> timing.Speed:
                     if name != "narrow" and value > 1:
                         continue
                     tried = dataclasses.replace(best, **{name: value})
-                    if (found := loss(tried)) < lowest - 1e-9:
+                    if (found := of(tried)) < lowest - 1e-9:
                         best, lowest, improved = tried, found, True
     return best
 
 
-def fitted(folder: Path) -> dict[str, Any]:
-    rows = []
-    for row in read(folder, "throughput.csv"):
+def with_rounding(fraction: float) -> Judge:
+    def predict(row: Row) -> tuple[float, float]:
+        kept, constants.ROUNDING_FRACTION = constants.ROUNDING_FRACTION, fraction
         try:
-            check_scope(row)
-            predict_throughput(row)
-        except (OutOfScope, Unpredictable):
-            continue
-        rows.append(row)
-    everything = fit(rows, constants.SPEED)
-    left_out = {}
-    for source in sorted({row["subset"] for row in rows}):
-        others = [row for row in rows if row["subset"] != source]
-        if not others:
-            continue
-        speed = fit(others, everything)
-        mine = [row for row in rows if row["subset"] == source]
-        left_out[source] = summary([p / m - 1 for p, m in (predict_throughput(row, speed) for row in mine)])
-    return {"speed": dataclasses.asdict(everything), "left_out": left_out}
+            return predict_memory(row)
+        finally:
+            constants.ROUNDING_FRACTION = kept
+
+    return predict
+
+
+def fit_rounding(rows: list[Row]) -> float:
+    """The one fitted constant of memory."""
+    return min((i / 100 for i in range(21)), key=lambda fraction: loss(rows, with_rounding(fraction)))
+
+
+def fitted(folder: Path) -> dict[str, Any]:
+    """The constants on all sources, and the errors on each source of those fitted without it."""
+    rows, held = (
+        comparable(read(folder, "throughput.csv"), predict_throughput),
+        comparable(read(folder, "memory.csv"), predict_memory),
+    )
+    speed, rounding = fit_speed(rows, constants.SPEED), fit_rounding(held)
+    found: dict[str, Any] = {
+        "fitted": {**{name: round(getattr(speed, name), 3) for name in FITTED}, "rounding": rounding},
+        "left_out": {"memory": {}, "throughput": {}},
+    }
+    for name, mine, made in (
+        ("memory", held, lambda others: with_rounding(fit_rounding(others))),
+        ("throughput", rows, lambda others: _with_speed(fit_speed(others, speed))),
+    ):
+        for source in sorted({row["subset"] for row in mine}):
+            others = [row for row in mine if row["subset"] != source]
+            if not others:
+                continue
+            judge = made(others)
+            pairs = [judge(row) for row in mine if row["subset"] == source]
+            found["left_out"][name][source] = summary([p / m - 1 for p, m in pairs])
+    return found
+
+
+def _with_speed(speed: timing.Speed) -> Judge:
+    return lambda row: predict_throughput(row, speed)
+
+
+def comparable(rows: list[Row], predict: Judge) -> list[Row]:
+    judged_rows = judged(rows, predict).errors
+    known = {name for found in judged_rows.values() for name, _ in found}
+    return [row for row in rows if row["id"] in known]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -667,21 +699,82 @@ def tail(part: dict[str, Any]) -> None:
         print(f"      {why}: {', '.join(names)}")
 
 
+def page(found: dict[str, Any], fit: dict[str, Any] | None) -> str:
+    """The report as a page."""
+    table = "| source | rows | median | mean | highest | mean with its sign | too low |\n|---|---|---|---|---|---|---|"
+
+    def cells(source: str, s: dict[str, float]) -> str:
+        share = " | ".join(f"{s[k]:.1%}" for k in ("median_abs", "mean_abs", "max_abs"))
+        return f"| {source} | {s['rows']} | {share} | {s['mean_signed']:+.1%} | {s['under']:.0%} |"
+
+    out = []
+    titles = {"memory": "Peak memory", "throughput": "Throughput", "gpu_hours": "GPU-hours of whole runs"}
+    for name, title in titles.items():
+        if name not in found or found[name]["all"] is None:
+            continue
+        part = found[name]
+        out += [
+            f"## {title}",
+            "",
+            table,
+            *(cells(k, v) for k, v in part["sources"].items()),
+            cells("**all**", part["all"]),
+        ]
+        if name == "gpu_hours":
+            out += ["", "; ".join(f"{row} {error:+.1%}" for row, error in part["rows"].items()) + "."]
+        left = fit["left_out"].get(name) if fit else None
+        if left:
+            out += ["", "Each source predicted with constants fitted on the others alone:", "", table]
+            out += [cells(k, v) for k, v in left.items()]
+        out += ["", *_leftovers(part), ""]
+    if "fits" in found:
+        part = found["fits"]
+        out += ["## Fits or fails", "", "| source | known, predicted | rows |", "|---|---|---|"]
+        out += [f"| {k} | {cell} | {n} |" for k, v in part["cells"].items() for cell, n in sorted(v.items())]
+        out += [
+            "",
+            *(f"Known to {k}: {v['right']:.1%} of {v['rows']} predicted to.\n" for k, v in part["rates"].items()),
+        ]
+        out += [
+            *(f"- {row}: {cell} ({share:.0%} of the device)" for row, cell, share in part["wrong"]),
+            *_leftovers(part),
+        ]
+    if fit:
+        out += ["", "## Fitted", "", ", ".join(f"`{k}` {v}" for k, v in fit["fitted"].items()) + "."]
+    return "\n".join(out)
+
+
+def _leftovers(part: dict[str, Any]) -> list[str]:
+    lines = [f"Out of scope: {'; '.join(f'{n} {why}' for why, n in part['out_of_scope'].items())}."]
+    for row, predicted, why in part.get("incomparable", ()):
+        lines.append(f"- predicted, nothing to compare with: {row}, {predicted}: {why}")
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for row, why in part["unpredictable"]:
+        reasons[why].append(row)
+    lines += [f"- cannot be predicted, {why}: {', '.join(names)}" for why, names in reasons.items()]
+    return [lines[0], "", *lines[1:]]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=DATA, help="folder of the four CSV files")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print a page")
     parser.add_argument("--rows", action="store_true", help="print the error of every row")
-    parser.add_argument("--fit", action="store_true", help="fit the constants of time, also with each source left out")
+    parser.add_argument("--fit", action="store_true", help="fit the constants again, also with each source left out")
     options = parser.parse_args()
-    if options.fit:
-        print(json.dumps(fitted(options.data), indent=2))
+    found, fit = report(options.data), fitted(options.data) if options.fit else None
+    if options.markdown:
+        print(page(found, fit))
         return
-    found = report(options.data)
+    if fit:
+        found["fit"] = fit
     if options.json:
         print(json.dumps(found, indent=2))
     else:
         show(found, rows=options.rows)
+        if fit:
+            print(json.dumps(fit, indent=2))
 
 
 if __name__ == "__main__":

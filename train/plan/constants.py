@@ -24,6 +24,12 @@ class Card:
     generation: str
     link_gb_s: float = 25.0  # to the next device of the node, one direction: NVLink, else PCIe
 
+    @property
+    def host_gb_s(self) -> float:
+        """Memory bandwidth of the host such a card sits in: half of what the channels of a server (2 x 8 of DDR4-3200, a
+        DGX A100's) or of a desktop (2 of DDR5-5600) add up to."""
+        return 200.0 if self.link_gb_s >= 150 else 45.0
+
 
 CARDS: dict[str, Card] = {
     "v100-16gb": Card(125, 15.7, 900, 15.8, 300, "volta", 150),

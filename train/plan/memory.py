@@ -49,11 +49,8 @@ class Layout:
     pure: bool = False  # weights, gradients and moments all in 16 bits
     step_in_backward: bool = False  # each gradient is applied and freed as it appears
     gathered_twice: bool = True  # weights are dropped after the forward pass and gathered again (full sharding)
-    flat: bool = (
-        False  # FSDP1: one flat parameter per block, frozen ones in it, whole gradients held while accumulating
-    )
+    flat: bool = False  # FSDP1: a flat parameter per block, frozen ones in it, whole gradients while accumulating
     single_quantisation: bool = False  # NF4 without double quantisation
-    quantised_inputs: bool = False  # an old bitsandbytes keeps the input of a 4-bit layer
 
 
 @dataclass(frozen=True)

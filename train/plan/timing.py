@@ -37,7 +37,7 @@ class Machine:
     intra: float = 25e9
     inter: float = 25e9  # of a node
     host_bytes: float = 0.0  # of one host
-    host_bandwidth: float = 40e9  # of its memory
+    host_bandwidth: float | None = None  # of its memory; None: what the card's usual host has
     pcie: float = 20e9
     nvme: float = 3e9
     usd_per_device_h: float | None = None
@@ -252,7 +252,7 @@ def updating(trace: Trace, layout: Layout, machine: Machine, speed: Speed) -> fl
     if layout.pure:
         moved /= 2
     if layout.offload in ("cpu", "nvme"):
-        return numbers * moved * machine.devices / machine.host_bandwidth
+        return numbers * moved * machine.devices / (machine.host_bandwidth or machine.card.host_gb_s * 1e9)
     return numbers * moved / (machine.card.bandwidth_gb_s * 1e9 * speed.bandwidth)
 
 
