@@ -28,7 +28,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 import yaml
 
 T = TypeVar("T")
-MAX_YAML_BYTES = 1_000_000
+MAX_YAML_BYTES = 200_000
 
 
 class ConfigError(Exception):
