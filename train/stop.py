@@ -123,19 +123,26 @@ class Watchdog:
 
     def mark(self, step: int, doing: str) -> None:
         """This rank moves: it begins to do something in `step`. Ranks make the same marks in the same order."""
+        first = not self._marks
         self._marks += 1
         self._doing, self._limit_s, self._since = f"step {step}, {doing}", self._step_limit_s, time.monotonic()
+        if first:
+            self._arm()
 
     def close(self) -> None:
         self._closed.set()
 
     def _watch(self) -> None:
-        while not self._closed.wait(min(2.0, self._limit_s / 5)):
+        while True:
+            self._arm()
+            if self._closed.wait(min(2.0, self._limit_s / 5)):
+                return faulthandler.cancel_dump_traceback_later()
             if time.monotonic() - self._since > self._limit_s or (self._meeting is not None and self._meeting.exists()):
                 self._end()
-            # Where this thread cannot run either, because native code holds the interpreter, the C library's timer can.
-            faulthandler.dump_traceback_later(self._limit_s + 2 * PATIENCE_S, exit=True, file=self._logs)
-        faulthandler.cancel_dump_traceback_later()
+
+    def _arm(self) -> None:
+        """Where the watching thread cannot run either, because native code holds the interpreter, a timer in C can."""
+        faulthandler.dump_traceback_later(self._limit_s + 2 * PATIENCE_S, exit=True, file=self._logs)
 
     def _end(self) -> None:
         limit_s = self._limit_s
