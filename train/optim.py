@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from train.config import Config
+from train.config import Config, ConfigError
 
 
 def build(parameters: dict[str, Any], cfg: Config, *, device_type: str) -> torch.optim.Optimizer:
@@ -27,7 +27,10 @@ def build(parameters: dict[str, Any], cfg: Config, *, device_type: str) -> torch
     if o.name == "sgd":
         return torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum)
     if o.name == "adamw_8bit":
-        from bitsandbytes.optim import AdamW8bit
+        try:
+            from bitsandbytes.optim import AdamW8bit
+        except ImportError:
+            raise ConfigError(['optim=adamw_8bit needs bitsandbytes: pip install "gearshift[quant]"']) from None
 
         return AdamW8bit(groups, lr=o.lr, betas=(o.betas[0], o.betas[1]), eps=o.eps)
     fused = cfg.strategy.fused_optimizer

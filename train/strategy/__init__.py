@@ -22,7 +22,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from train.config import Config, ConfigError
+from train.strategy import eight_bit
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
@@ -54,6 +55,12 @@ class NonFinite(Exception):
 
 class Mismatch(Exception):
     """What is in force is not what was asked (law 5)."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; a CPU's allocator says so in words only."""
+    words = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (isinstance(error, RuntimeError) and words)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -199,21 +206,29 @@ def start(cfg: Config) -> Processes:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
-    owns_group = (world_size > 1 or name != "single") and not dist.is_initialized()
-    if owns_group:
-        backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    procs = Processes(rank, local_rank, world_size, device)
+    if world_size > 1:
+        _join(cfg, procs)
+    return procs
+
+
+def _join(cfg: Config, procs: Processes) -> None:
+    """Be in a process group: of one too, where an engine needs it."""
+    rank, world_size = procs.rank, procs.world_size
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if procs.device.type == "cuda" else "gloo"
         slack = 300.0  # the watchdog is to come first: it knows which rank is behind
         timeout = datetime.timedelta(seconds=max(cfg.run.startup_timeout_s, cfg.run.step_timeout_s) + slack)
         dist.init_process_group(
             backend, store=_store(rank, world_size), rank=rank, world_size=world_size, timeout=timeout
         )
-    if dist.is_initialized() and dist.get_world_size() != world_size:  # the silent disaster: each rank training alone
+        procs.owns_group = True
+    if dist.get_world_size() != world_size:  # the silent disaster: each rank training alone
         raise Mismatch(f"the launcher started {world_size} processes, but the group has {dist.get_world_size()}")
-    return Processes(rank, local_rank, world_size, device, owns_group)
 
 
 def resolve(cfg: Config, world_size: int) -> str:
-    """The engine's name: `auto` is single on one rank and ddp on more, until a plan says otherwise."""
+    """The engine's name: without a plan, `auto` is single on one rank and ddp on more."""
     name = cfg.strategy.name
     return name if name != "auto" else "single" if world_size == 1 else "ddp"
 
@@ -294,11 +309,17 @@ class Strategy:
         first = {id(p): n for n, p in module.named_parameters()}
         everywhere = module.named_parameters(remove_duplicate=False)
         self.aliases = {n: first[id(p)] for n, p in everywhere if n != first[id(p)] and p.requires_grad}
-        every = self.cfg.strategy.activation_checkpointing
-        for block in blocks[::every] if every else []:
+        self.four_bit = {n for n, p in module.named_parameters() if hasattr(p, "quant_state")}
+        s = self.cfg.strategy
+        if not blocks and (s.activation_checkpointing or s.activation_offload or s.compile):
+            what = "activation_checkpointing, activation_offload and compile work block by block"
+            raise ConfigError([f"strategy.{what}, and {self.cfg.model.name} has no repeated blocks; leave them off."])
+        for block in blocks[:: s.activation_checkpointing] if s.activation_checkpointing else []:
             checkpoint_activations(block)
+        for block in blocks if s.activation_offload else []:
+            offload_activations(block)
         self.wrap(values, blocks)
-        if self.cfg.strategy.compile:
+        if s.compile:
             for block in blocks:  # by block: one small graph is compiled, not one per layer
                 block.compile()
         self.build_optimizer(make_optimizer)
@@ -423,6 +444,8 @@ class Strategy:
 
     def state(self, p: Tensor) -> dict[str, Any]:
         """The optimizer's state of `p`, made if the first step has not made it yet (optimizers are lazy)."""
+        if self.cfg.optim.name == "adamw_8bit":
+            return eight_bit.moments(self.optimizer, p)
         state = self.optimizer.state[p]
         for kind in self.kinds()[1:]:
             if state.get(kind) is None:
@@ -465,13 +488,25 @@ class Strategy:
 
     def put(self, name: str, kind: str, live: Tensor, value: Tensor) -> None:
         """Write one range of state. live: what `held` gave for it."""
-        live.copy_(value)
+        if self.cfg.optim.name == "adamw_8bit" and kind in self.kinds()[1:]:
+            eight_bit.store(self.optimizer, self.trainable()[name], kind, value)
+        else:
+            live.copy_(value)
 
     def loaded(self, step: int) -> None:
         """Set counters; rebuild compute weights from masters."""
         for p in self.trainable().values():
-            if "step" in self.optimizer.state[p]:
-                self.optimizer.state[p]["step"] = torch.tensor(float(step))
+            count = self.optimizer.state[p].get("step")
+            if count is not None:
+                self.optimizer.state[p]["step"] = step if isinstance(count, int) else torch.tensor(float(step))
+
+    def forget(self) -> None:
+        """Undo a step that was made at a learning rate of 0: the masters never moved; moments and counters begin anew."""
+        with torch.no_grad():
+            for name, kind, _, live in self.held():
+                if kind in self.kinds()[1:]:
+                    self.put(name, kind, live, torch.zeros_like(live))
+        self.loaded(0)
 
     def counters(self) -> dict[str, int]:
         """The optimizer's own step counters, by parameter."""
@@ -507,7 +542,9 @@ class Strategy:
 
     def in_force(self) -> dict[str, Any]:
         """What runs, read from the live objects; the keys of `result.json`'s `engine`."""
-        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.trainable().values()})
+        parameters = dict(self.module.named_parameters())
+        four_bit = [parameters[n] for n in sorted(self.four_bit)]
+        trained = dtypes(p.dtype for p in self.trainable().values())
         return {
             "strategy": self.name_in_force(),
             "offload": "none",
@@ -516,10 +553,16 @@ class Strategy:
             "precision": self.precision,
             "micro_batch_size": self.micro_batch_size,
             "gradient_accumulation_steps": micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size),
+            "clip": self.cfg.optim.clip,
             "numerics": self.cfg.numerics,
             "model_class": type(self.model).__name__,
             "optimizer_class": type(self.optimizer).__name__,
-            "parameter_dtype": ",".join(dtypes),
+            "parameter_dtype": trained,
+            # The parameter is the master, and its gradient has its dtype; engines where that is not so say otherwise.
+            **dict.fromkeys(("master_dtype", "accumulation_dtype", "reduce_dtype"), trained),
+            "local_bytes": sum(map(size, parameters.values())),
+            "four_bit_bytes": sum(map(size, four_bit)) or None,
+            "four_bit_unsharded_bytes": sum(p.numel() * p.element_size() for p in four_bit) or None,
             "device": str(self.procs.device),
             "threads": torch.get_num_threads() if self.procs.device.type == "cpu" else None,
         }
@@ -531,7 +574,9 @@ class Strategy:
         """Compare what is in force with what was asked. Raises Mismatch, naming every difference."""
         got = self.in_force()
         asked = {"strategy": self.name, "world_size": self.procs.world_size, "offload": self.cfg.strategy.offload,
-                 "precision": self.precision}  # fmt: skip
+                 "precision": self.precision, "micro_batch_size": self.micro_batch_size, "clip": self.cfg.optim.clip,
+                 "gradient_accumulation_steps": micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size),
+                 "accumulation_dtype": "float32", "reduce_dtype": "float32", "master_dtype": "float32"}  # fmt: skip
         wrong = [f"{k}: asked {v}, got {got[k]}" for k, v in asked.items() if got[k] != v]
         covered = got["micro_batch_size"] * got["gradient_accumulation_steps"] * got["world_size"]
         if covered < self.cfg.train.global_batch_size:
@@ -548,12 +593,14 @@ class Strategy:
 
 def build(cfg: Config, procs: Processes, precision: str) -> Strategy:
     name = resolve(cfg, procs.world_size)
+    if name != "single":
+        _join(cfg, procs)
     module, cls = ("train.strategy.exact", "Exact") if cfg.numerics == "exact" else STRATEGIES[name]
     return getattr(importlib.import_module(module), cls)(cfg, name, procs, precision)
 
 
 def micro_batch_size(cfg: Config, world_size: int) -> int:
-    """As set, or until a plan says otherwise the largest share of a rank, at most 8. Exact numerics run one grain."""
+    """As set or planned; without a plan a rank's share, at most 8. Exact numerics run one grain."""
     if cfg.numerics == "exact":
         return 1
     share = -(-cfg.train.global_batch_size // world_size)
@@ -610,6 +657,36 @@ def checkpoint_activations(block: nn.Module) -> None:
     from torch.utils.checkpoint import checkpoint
 
     block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def offload_activations(block: nn.Module) -> None:
+    """Keep what this block saves for the backward pass in host memory meanwhile. Weights stay where they are."""
+    forward = block.forward
+
+    def pack(tensor: Tensor) -> Any:
+        where = tensor.untyped_storage().data_ptr()
+        if any(where == p.untyped_storage().data_ptr() for p in block.parameters()):
+            return tensor
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.device.type == "cuda")
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: Any) -> Tensor:
+        return packed[1].to(packed[0], non_blocking=True) if isinstance(packed, tuple) else packed
+
+    def offloading(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(*args, **kwargs)
+
+    block.forward = offloading
+
+
+def dtypes(found: Iterable[torch.dtype]) -> str:
+    return ",".join(sorted({str(t).removeprefix("torch.") for t in found}))
+
+
+def size(tensor: Tensor) -> int:
+    """Bytes of this rank's part."""
+    return local(tensor).numel() * tensor.element_size()
 
 
 def local(tensor: Any) -> Tensor:

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.strategy import DTYPES, Strategy, Values, local
+from train.strategy import DTYPES, Strategy, Values, dtypes
 
 
 class FSDP2(Strategy):
@@ -77,9 +77,11 @@ class FSDP2(Strategy):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def in_force(self) -> dict[str, Any]:
-        held = sum(t.numel() * t.element_size() for t in map(local, self.module.parameters()))
+        shards = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in shards]
+        reduced = dtypes(g.mp_policy.reduce_dtype for g in groups if g is not None)
         whole = sum(p.numel() * p.element_size() for p in self.module.parameters())
-        return {**super().in_force(), "local_bytes": held, "unsharded_bytes": whole, "reduce_dtype": "float32"}
+        return {**super().in_force(), "unsharded_bytes": whole, "reduce_dtype": reduced}
 
     def name_in_force(self) -> str:
         sharded = isinstance(self.module, FSDPModule) and all(isinstance(p, DTensor) for p in self.module.parameters())

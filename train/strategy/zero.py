@@ -27,6 +27,7 @@ from train.strategy import (
     NonFinite,
     Strategy,
     Values,
+    dtypes,
     materialise,
     micro_steps,
     set_lr,
@@ -73,6 +74,8 @@ class Zero(Strategy):
         from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
         handlers = [InitProcessGroupKwargs(backend="gloo")] if cpu else []
+        if self.cfg.strategy.offload == "nvme":
+            self._nvme().mkdir(parents=True, exist_ok=True)
         self.plugin = DeepSpeedPlugin(hf_ds_config=self.settings())
         self.accelerator = Accelerator(
             mixed_precision="no" if self.precision == "fp32" else self.precision,
@@ -110,9 +113,7 @@ class Zero(Strategy):
         if s.offload != "none":
             target: dict[str, Any] = {"device": s.offload, "pin_memory": self.procs.device.type == "cuda"}
             if s.offload == "nvme":
-                where = Path(self.cfg.hardware.nvme_path or self.cfg.run.root) / "nvme"
-                where.mkdir(parents=True, exist_ok=True)
-                target["nvme_path"] = str(where)
+                target["nvme_path"] = str(self._nvme())
             zero["offload_optimizer"] = dict(target)
             if s.offload_parameters:
                 zero["offload_param"] = dict(target)
@@ -130,6 +131,9 @@ class Zero(Strategy):
             "steps_per_print": 2**31,
             "wall_clock_breakdown": False,
         }
+
+    def _nvme(self) -> Path:
+        return Path(self.cfg.hardware.nvme_path or self.cfg.run.root) / "nvme"
 
     def _partition(self, values: Values) -> None:
         """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
@@ -311,6 +315,9 @@ class Zero(Strategy):
         stage = self.engine.zero_optimization_stage()
         offload = self.engine.zero_offload_optimizer()
         device = str(getattr(offload.device, "value", offload.device)) if offload is not None else "none"
+        # Stage 1 in bf16 is another class, which knows the first and leaves the second to the engine.
+        accumulated = getattr(self.zero, "gradient_accumulation_dtype", None) or self.zero.grad_acc_dtype
+        reduced = getattr(self.zero, "communication_data_type", self.engine.communication_data_type)
         held: list[Any] = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in self.module.parameters()]
         return {
             **super().in_force(),
@@ -321,6 +328,9 @@ class Zero(Strategy):
             "micro_batch_size": self.engine.train_micro_batch_size_per_gpu(),
             "clip": self.engine.gradient_clipping() or None,
             "optimizer_class": f"{type(self.zero).__name__}({type(self.zero.optimizer).__name__})",
+            "accumulation_dtype": dtypes([accumulated]),
+            "reduce_dtype": dtypes([reduced]),
+            "master_dtype": dtypes(f.dtype for f in self._flat()),
             "local_bytes": sum(p.numel() * p.element_size() for p in held),
         }
 
