@@ -61,6 +61,8 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_python_dispatch": lambda: has("torch.utils._python_dispatch", "TorchDispatchMode"),
     "_pytree": lambda: has("torch.utils._pytree", "tree_map"),
     "_utils": lambda: has("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset"),
+    "_get_fsdp_state": lambda: has("torch.distributed.fsdp", "FSDPModule._get_fsdp_state"),
+    "_fsdp_param_group": lambda: has("torch.distributed.fsdp._fully_shard._fsdp_state", "FSDPState._fsdp_param_group"),
     # DeepSpeed
     "_hp_mapping": lambda: "lp_param._hp_mapping = " in source("deepspeed.utils.mixed_precision_linkage"),
     "_hp_optimizer_states_linked": lambda: sets(*ZERO12, "_hp_optimizer_states_linked"),
@@ -88,6 +90,13 @@ UNDOCUMENTED: dict[str, Callable[[], bool]] = {
     "zero.fp32_partitioned_groups_flat": lambda: "self.fp32_partitioned_groups_flat" in source(*ZERO3),
     "zero.fp16_partitioned_groups_flat": lambda: "self.fp16_partitioned_groups_flat" in source(*ZERO3),
     "zero.persistent_parameters": lambda: "self.persistent_parameters" in source(*ZERO3),
+    "zero.communication_data_type": lambda: (
+        sets(*ZERO12, "communication_data_type") and sets(*ZERO3, "communication_data_type")
+    ),
+    "zero.gradient_accumulation_dtype": lambda: (
+        sets(*ZERO12, "gradient_accumulation_dtype") and sets(*ZERO3, "gradient_accumulation_dtype")
+    ),
+    "zero.grad_acc_dtype": lambda: sets("deepspeed.runtime.bf16_optimizer", "BF16_Optimizer", "grad_acc_dtype"),
     "fragment.lp_fragment_address": lambda: "lp_fragment_address" in source("deepspeed.utils.tensor_fragment"),
     "fragment.get_hp_fragment": lambda: has("deepspeed.utils.tensor_fragment", "tensor_fragment.get_hp_fragment"),
     "fragment.get_optim_state_fragment": lambda: has(
@@ -110,7 +119,7 @@ UNDOCUMENTED: dict[str, Callable[[], bool]] = {
         for name in (
             *("set_gradient_accumulation_boundary", "get_global_grad_norm", "zero_optimization_stage"),
             *("zero_offload_optimizer", "gradient_accumulation_steps", "train_micro_batch_size_per_gpu"),
-            "gradient_clipping",
+            *("gradient_clipping", "communication_data_type"),
         )
     },
     # train/strategy: a missing clip means 1.0 there, so ours is always written
@@ -119,6 +128,11 @@ UNDOCUMENTED: dict[str, Callable[[], bool]] = {
     "Linear4bit.support_avx512bf16_for_cpu": lambda: (
         "support_avx512bf16_for_cpu" in source("bitsandbytes.nn", "Linear4bit")
     ),
+    # train/strategy/eight_bit.py
+    **{
+        f"AdamW8bit state[{key}]": lambda key=key: f'state["{key}"] = ' in source("bitsandbytes.optim.optimizer")
+        for key in ("step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+    },
     "Params4bit.quant_state": lambda: "quant_state" in source("bitsandbytes.nn", "Params4bit"),
     # train/plan/trace.py
     "saved_tensors_hooks": lambda: has("torch.autograd.graph", "saved_tensors_hooks"),
