@@ -321,7 +321,7 @@ class Campaign:
             self.rows += rows
             if rows:
                 self._finish(run, variant, rows, control)
-            shutil.rmtree(run)
+            shutil.rmtree(run, ignore_errors=True)
 
     def _kill_once(self, run: Path, variant: list[str], control: bool) -> dict[str, Any]:
         before = newest(run)[0] if run.exists() else 0
@@ -384,7 +384,7 @@ class Campaign:
             if rows:
                 self.rows += rows
                 rows[-1]["problem"] = rows[-1]["problem"] or self._ledger_of_stops(run)
-            shutil.rmtree(run)
+            shutil.rmtree(run, ignore_errors=True)
 
     def _ledger_of_stops(self, run: Path) -> str | None:
         """Every step was done once in the life of the run, which is more than what the ledger's own check asks."""
