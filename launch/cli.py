@@ -100,19 +100,49 @@ def run(
     multirun: Annotated[bool, typer.Option("--multirun", "-m", help="A sweep over comma-separated values")] = False,
     dry_run: DryRun = False,
     wait: Wait = False,
+    on_oom: Annotated[str, typer.Option("--on-oom", help="Out of memory: stop, or replan and go on, here")] = "stop",
     plugin: Plugin = None,
     config_dir: ConfigDir = None,
 ) -> int:
-    """Prepare, freeze and start a run, or go on with it; a finished run shows its result."""
+    """Prepare, plan, freeze and start a run, or go on with it; a finished run shows its result."""
     from train import config
 
+    if on_oom not in ("stop", "replan"):
+        raise config.ConfigError([f"--on-oom {on_oom}: must be stop or replan."])
     _importable_from_here(plugin)
     if multirun:
         from launch import sweep
 
         return sweep.run(overrides or [], plugin=plugin, config_dir=config_dir, dry_run=dry_run, wait=wait, say=say)
     cfg = config.compose(overrides or [], config_dir=config_dir, plugin=plugin)
-    return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run, wait=wait)
+    replan = on_oom == "replan"
+    return _start(cfg, ["--plugin", plugin] if plugin else [], dry_run=dry_run, wait=wait, replan=replan)
+
+
+@verb
+def plan(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN] [OVERRIDES]", help="An experiment, or what remains of RUN", show_default=False),
+    ] = None,
+    all_hardware: Annotated[bool, typer.Option("--all-hardware", help="A row per tier of conf/hardware")] = False,
+    diff: Annotated[
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="What would run otherwise: two runs, or two lists of overrides in quotes"),
+    ] = None,
+    as_json: Json = False,
+    plugin: Plugin = None,
+    config_dir: ConfigDir = None,
+) -> int:
+    """Whether it fits, how it would run, how long and for how much. Starts nothing; exit code 3 if nothing fits."""
+    from launch import planning
+
+    _importable_from_here(plugin)
+    composing = {"plugin": plugin, "config_dir": config_dir}
+    if diff is not None:
+        print(planning.difference(*diff, words or [], **composing))
+        return 0
+    return planning.plan(planning.ask(words or [], **composing), all_hardware=all_hardware, as_json=as_json)
 
 
 @verb
@@ -297,15 +327,17 @@ def _start(
     again: bool = False,
     dry_run: bool = False,
     wait: bool = False,
+    replan: bool = False,
 ) -> int:
     """From a config to the end of its run, or to its submission.
 
     arguments: what the training script gets beside the config. again: go on from an earlier step, though the run may be
-    finished. wait: for the end of a submitted run.
+    finished. wait: for the end of a submitted run. replan: go on with a lighter layout where memory runs out.
     """
-    from launch import local, slurm
+    from launch import local, planning, slurm
     from train import config, describe, rundir
 
+    describe.refuse_secrets(cfg)
     if problems := config.missing_inputs(cfg):
         raise config.ConfigError(problems)
     prepared = _prepared(cfg)
@@ -314,23 +346,29 @@ def _start(
     if (run.result() or {}).get("status") == "finished" and not identity.changes and not again:
         print(describe.show_result(run))
         return rundir.EXIT_FINISHED
-    here = cfg.slurm.name == "none"
-    started = local.launch(cfg, run, ["--config", str(run.config), *arguments]) if here else None
+    processes = local.world_size(cfg) if cfg.slurm.name == "none" else None
+    choice = planning.layout(cfg, prepared.info, processes=processes, dry=dry_run)
     if dry_run:
-        print(config.to_yaml(cfg), end="")
-        print(f"\n# math_hash {identity.math_hash}\n# exec_hash {identity.exec_hash}\n# run       {run.path}")
-        for change in identity.changes:
-            print(f"# change    {change}")
-        print(started or slurm.render(cfg, run, ["--config", str(run.code / "config.yaml"), *arguments]))
+        print(planning.everything(cfg, run, arguments, choice, processes))
+        print(
+            "\n".join([f"# math_hash {identity.math_hash}", *(f"# change    {change}" for change in identity.changes)])
+        )
         return 0
     rundir.wait_until_free(run, say=say)
     run.create()
-    if started is None:
+    if processes is None:
         slurm.refuse_twice(run)
     rundir.write_config(cfg, run, identity)
-    if started is None:
+    if processes is None:
         return slurm.submit(cfg, run, options=arguments, wait=wait, say=say)
-    code = local.supervise(started, run, say)
+    words: list[str] | None = arguments
+    while words is not None:
+        started = local.launch(cfg, run, ["--config", str(run.config), *words], processes=processes)
+        code = local.supervise(started, run, say)
+        words = planning.lighter(run) if replan and code == rundir.EXIT_MEMORY else None
+        if words is not None:
+            say(f"Out of memory: going on from the last checkpoint with {' '.join(words)}")
+            words = [*arguments, *words]
     if code not in (rundir.EXIT_FINISHED, rundir.EXIT_STOPPED):  # of these two the run itself has told
         say(f"\n{describe.show_result(run)}")
     return code
@@ -338,8 +376,11 @@ def _start(
 
 def _prepared(cfg: Config) -> Prepared:
     from train import data
+    from train.plan.choose import remember
 
-    return data.prepare(cfg, say)
+    prepared = data.prepare(cfg, say)
+    remember(cfg, prepared.info)
+    return prepared
 
 
 def _step(step: str) -> None:

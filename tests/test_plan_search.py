@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,11 +47,12 @@ def test_the_first_plan_needs_no_torch_and_under_three_seconds(tmp_path: Path) -
         "best = plan.plan(config.compose(['experiment=lm_stdlib', 'hardware=cpu']))\n"
         "print(best.fits, best.strategy, 'torch' in sys.modules, 'transformers' in sys.modules)"
     )
-    begun = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"XDG_CACHE_HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
                          capture_output=True, text=True, check=True).stdout  # fmt: skip
     assert out.split() == ["True", "single", "False", "False"]
-    assert time.perf_counter() - begun < 3
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 3  # seconds, had it a core to itself
 
 
 def test_shipped_traces_are_what_a_trace_would_be_now() -> None:

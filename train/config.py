@@ -251,7 +251,7 @@ class OptimConfig:
     """The optimizer and the learning rate as a function of the step."""
 
     name: Literal["adamw", "sgd", "adamw_8bit"] = "adamw"
-    """`adamw`, `sgd`, or `adamw_8bit` (single and ddp only)."""
+    """`adamw`, `sgd`, or `adamw_8bit` (single and ddp only; saved as fp32, and going on rounds its moments again)."""
     lr: Positive = 3e-4
     """Peak learning rate."""
     betas: Betas = field(default_factory=lambda: [0.9, 0.95])
@@ -395,9 +395,9 @@ class StrategyConfig:
     activation_checkpointing: Natural = 0
     """0 keeps all activations; n recomputes every n-th block in the backward pass (1 is every block)."""
     activation_offload: bool = False
-    """Keep saved activations in host memory."""
+    """Keep what blocks save for the backward pass in host memory meanwhile."""
     chunked_loss: bool | None = None
-    """Output layer and cross-entropy in chunks, never holding all logits. `null` is planned (off until then)."""
+    """Output layer and cross-entropy in chunks, never holding all logits. `null` is planned."""
     compile: bool = False
     """torch.compile. Worth it for long runs only."""
     fused_optimizer: bool | None = None
@@ -422,6 +422,9 @@ class RunConfig:
     """Stop and save after this time (`90`, `15m`, `1.5h`, `2d`, or `HH:MM:SS`); holds for one command."""
     fit: Literal["error", "warn"] = "error"
     """`error` refuses a plan that does not fit, `warn` starts all the same."""
+    preflight: bool | None = None
+    """Before the first step, run one that changes nothing, so that running out of memory comes first. `null` is on CUDA:
+    on a CPU it would be most of the start-up time."""
     max_restarts: Natural = 0
     """Restarts inside a job after an unexplained death of a rank."""
     step_timeout_s: Positive = 1800.0
@@ -639,6 +642,8 @@ def _layout(cfg: Config) -> Iterator[str]:
         yield "strategy.offload=nvme: set hardware.nvme_path to a directory on a local NVMe disk."
     if s.offload != "none" and cfg.optim.name != "adamw":
         yield f"strategy.offload={s.offload}: the update runs on the CPU, which knows AdamW only; set optim=adamw."
+    if s.activation_offload and s.compile:
+        yield "strategy.activation_offload=true: what a compiled block saves cannot be moved; set strategy.compile=false."
     if s.offload_parameters and (name != "zero3" or s.offload == "none"):
         yield "strategy.offload_parameters=true: needs strategy=zero3 and strategy.offload=cpu or nvme."
     if cfg.optim.name == "adamw_8bit" and name not in ("auto", "single", "ddp"):

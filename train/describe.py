@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from train import config
+from train.config import Config
 from train.rundir import RunDir, alive, holder, last_record
 from train.rundir import describe as describe_owner
 
@@ -72,6 +74,39 @@ def show_result(run: RunDir) -> str:
     if result.get("sample"):
         lines += ["", str(result["sample"]).rstrip()]
     return "\n".join([*lines, "", *_next_steps(run, result)])
+
+
+def planned(plan: dict[str, Any]) -> str:
+    """A plan in a line, or why there is none."""
+    if "strategy" not in plan:
+        return plan.get("note") or "nothing"
+    host = f", of the host {sum(plan['host_gib'].values()):.0f} GiB" if plan["host_gib"] else ""
+    fits = "" if plan["fits"] else f"; does not fit: {plan['reason']}"
+    return (
+        f"{plan['strategy']}, {plan['peak_memory_gib']:.3g} of {plan['limit_gib']:.3g} GiB a device{host}, "
+        f"{plan['step_s']:.3g} s a step{fits}"
+    )
+
+
+def out_of_memory(plan: dict[str, Any], held_gib: float, error: str) -> str:
+    """What is told where memory ran out: the breakdown that was predicted, what was held, what would need less."""
+    lines = [
+        f"out of memory, {error}",
+        f"  held at the most       {held_gib:.2f} GiB",
+        f"  planned                {planned(plan)}",
+    ]
+    parts = sorted(plan.get("memory_gib", {}).items(), key=lambda part: -part[1])
+    lines += [f"    {name:<30}{gib:9.3f} GiB" for name, gib in parts]
+    if lighter := plan.get("lighter"):
+        lines += [
+            "  These need less; --on-oom=replan takes the first by itself:",
+            *(f"    {' '.join(words)}" for words in lighter),
+        ]
+    else:
+        lines.append(
+            "  No other layout was found that needs less: shorter rows, smaller images, LoRA, or more devices do."
+        )
+    return "\n".join(lines)
 
 
 def standing(run: RunDir) -> dict[str, Any]:
@@ -161,11 +196,24 @@ def env_info() -> dict[str, Any]:
 def scrub(text: str) -> str:
     """`text` without values of secret-looking environment variables and settings, tokens, passwords in URLs."""
     for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(f"(?i){_SECRET}", name):
+        if len(value) >= 8 and re.search(f"(?i){_SECRET}", name) and not os.path.exists(value):
             text = text.replace(value, "***")
     text = re.sub(rf"(?i)({_SECRET}[\w.-]*[\"']?\s*[=:]\s*)[^\s,&]+", r"\1***", text)
     text = re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
     return re.sub(r"\b(?:hf_|sk-|ghp_|github_pat_|xox[a-z]-|AKIA|glpat-)[\w-]{12,}", "***", text)
+
+
+def refuse_secrets(cfg: Config) -> None:
+    """Raises ConfigError for settings that hold a secret: `config.yaml` has them all, and needs them for a resume."""
+    found = [
+        key for key, value in config.items(config.to_dict(cfg)) if isinstance(value, str) and scrub(value) != value
+    ]
+    if found:
+        raise config.ConfigError(
+            f"{key}: its value looks like a secret, and every setting is written to config.yaml. Give it another way: in the "
+            "environment (HF_TOKEN, WANDB_API_KEY, ...), in ~/.netrc, or in a file that only you can read."
+            for key in found
+        )
 
 
 def _git(checkout: Path) -> dict[str, Any] | None:

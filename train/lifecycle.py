@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass, replace
+import sys
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +22,8 @@ from train.rundir import RunDir
 
 if TYPE_CHECKING:
     from train.data import Prepared
-    from train.strategy import Processes
+    from train.strategy import Processes, Strategy
+    from train.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +51,13 @@ class Opened:
     hashes: dict[str, str]
     finished: bool = False
     lock: rundir.Lock | None = None
+    asked: str = ""
+    """The strategy as it was asked; `cfg` has the one that was planned."""
+    plan: dict[str, Any] = field(default_factory=dict)
+    """`plan.json`: empty but for a note where nothing could be planned."""
+    predicted: dict[str, Any] = field(default_factory=dict)
+    """What the run's end is held against."""
+    device: Any = None
 
 
 _opened: Opened | None = None
@@ -120,6 +130,81 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
     return _opened
 
 
+def lay_out(opened: Opened, prepared: Prepared, procs: Processes) -> Config:
+    """The config with the layout of the plan, which the main process makes for the ranks that there are and shares.
+
+    Raises DoesNotFit where nothing fits, unless `run.fit=warn`.
+    """
+    from train import metrics
+    from train.config import StrategyConfig
+    from train.plan.choose import choose, on_ranks
+
+    cfg, device = opened.cfg, procs.device.type
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", procs.world_size))
+
+    def on_main() -> dict[str, Any]:
+        here = on_ranks(cfg, world_size=procs.world_size, local_world_size=local, device=device)
+        choice = choose(here, prepared.info, take=device != "cpu" or _large(cfg, prepared))
+        rundir.atomic_write(opened.run.plan, rundir.to_json(choice.to_dict(), indent=1))
+        return {"strategy": asdict(choice.strategy), "plan": choice.to_dict()}
+
+    answer = procs.from_main(on_main)
+    opened.asked, opened.plan, opened.device = cfg.strategy.name, answer["plan"], procs.device
+    if opened.plan.get("step_s"):
+        opened.predicted = {key: opened.plan[key] for key in ("step_s", "tokens_per_s")}
+        # A CPU's measure is of the whole process: what it holds before there is a model is no part of the plan.
+        before = 0.0 if device == "cuda" else metrics.memory_gib(procs.device)
+        opened.predicted["peak_memory_gib"] = opened.plan["allocated_gib"] + before
+    opened.cfg = replace(cfg, strategy=StrategyConfig(**answer["strategy"]))
+    return opened.cfg
+
+
+def _large(cfg: Config, prepared: Prepared) -> bool:
+    """Whether weights, gradients and optimizer state take a GiB or more. On a CPU, a trace of less costs more than it tells."""
+    from train import models, tasks
+
+    if cfg.model.path is not None:
+        path = Path(cfg.model.path).expanduser()
+        return not path.is_dir() or sum(file.stat().st_size for file in path.rglob("*.*")) > 2**28
+    with models.parameters_on_meta():
+        module = tasks.TASKS[cfg.task.name](cfg, prepared).build_model()
+    return 16 * sum(p.numel() for p in module.parameters()) >= 2**30
+
+
+def preflight(cfg: Config, engine: Strategy, task: Task, batches: list[Any], procs: Processes) -> None:
+    """One step at a learning rate of 0 before the first, so that what does not fit ends here; it leaves no trace.
+
+    batches: a rank's micro-batches of one step. All batches of a run have one shape, so these are as large as any. Two of
+    them hold what all would: the first leaves gradients beside which the second runs.
+    """
+    from train import models, strategy
+
+    fault(0, engine, procs)
+    some = batches if cfg.numerics == "exact" or len(batches) < 2 else [batches[0], batches[-1]]
+    for i, batch in enumerate(some):
+        with models.keyed(engine.module, batch, cfg.seed), engine.micro_step(last=i == len(some) - 1):
+            engine.backward(task.loss(engine.model, batch)[0] * (engine.scale / cfg.train.global_batch_size))
+    with suppress(strategy.NonFinite):  # the first real step will say so, if it is true of that one
+        engine.step(0.0)
+    engine.take_loss()
+    engine.forget()
+
+
+FAULT = "GEARSHIFT_FAULT"
+"""For tests: `oom:STEP:MICRO` is out of memory on the last rank in that step (0: preflight), if its micro-batch is larger."""
+
+
+def fault(step: int, engine: Strategy, procs: Processes) -> None:
+    """Be out of memory, where a test asks for it."""
+    import torch
+
+    kind, _, rest = os.environ.get(FAULT, "").partition(":")
+    at, _, micro = rest.partition(":")
+    last = procs.rank == procs.world_size - 1
+    if kind == "oom" and last and step == int(at) and engine.micro_batch_size > int(micro):
+        raise torch.OutOfMemoryError(f"injected by {FAULT}")
+
+
 def _keep_data_facts(run: RunDir, prepared: Prepared) -> None:
     """So that `predict`, `export` and another run can use the model where the data is not."""
     facts = {"kind": prepared.kind, "fingerprints": prepared.fingerprints, "info": prepared.info}
@@ -174,8 +259,9 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
         f"{prepared.info['val_samples']:,} for validation",
         f"  step       {G} samples{unit} = micro-batch {in_force['micro_batch_size']} x "
         f"{in_force['gradient_accumulation_steps']} accumulated x {in_force['world_size']} ranks",
-        f"  asked      strategy={cfg.strategy.name} offload={cfg.strategy.offload} precision={cfg.train.precision} "
+        f"  asked      strategy={opened.asked} offload={cfg.strategy.offload} precision={cfg.train.precision} "
         f"numerics={cfg.numerics}",
+        "  planned    " + describe.planned(opened.plan),
         "  in force   " + " ".join(f"{k}={v}" for k, v in in_force.items() if v is not None),
         f"  duration   {total_steps:,} steps" + (f", from step {step:,}" if step else ""),
     ]
@@ -209,7 +295,7 @@ def conclude(opened: Opened, procs: Processes, prepared: Prepared, *, status: st
         **opened.hashes,
         state_hash=state_hash,
         engine=in_force,
-        predicted={},
+        predicted=opened.predicted,
         measured=measured,
         eval=evaluation,
         baselines=prepared.info.get("baselines", {}),
@@ -237,22 +323,36 @@ def explain(error: Exception) -> tuple[int, str]:
     if isinstance(error, data.DataError | models.ModelError):
         code, reason = rundir.EXIT_CONFIG, "bad_config"
     elif isinstance(error, rundir.RunError):
-        code, reason = error.code, str(error).splitlines()[0]
+        classified = {code: word for word, code in rundir.CLASSIFIED.items() if code != rundir.EXIT_CONFIG}
+        code, reason = error.code, classified.get(error.code, str(error).splitlines()[0])
     elif isinstance(error, strategy.Mismatch):
         code, reason = 1, f"asked and got differ: {error}"
     elif isinstance(error, strategy.NonFinite):
         code, reason = 1, f"non-finite: {error}"
     elif isinstance(error, checkpoint.CheckpointError | OSError):
         code, reason = 1, f"{type(error).__name__}: {error}"
-    elif (
-        type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "allocate memory" in str(error)
-    ):
+    elif strategy.out_of_memory(error):
         code, reason = rundir.EXIT_MEMORY, "out_of_memory"
+        _tell_memory(error)
     else:
         log.exception("the run failed")
-        return 1, f"{type(error).__name__}: {error}"[:500]
-    log.error("%s", error if code == rundir.EXIT_CONFIG else reason)
-    return code, reason
+        return 1, describe.scrub(f"{type(error).__name__}: {error}")[:500]
+    log.error("%s", error if code in (rundir.EXIT_CONFIG, rundir.EXIT_FIT) else reason)
+    return code, describe.scrub(reason)
+
+
+def _tell_memory(error: Exception) -> None:
+    """What was predicted beside what was held when memory ran out, and what would need less. Any rank; it needs no other."""
+    from train import metrics
+
+    if _opened is None or _opened.device is None:
+        return
+    held = metrics.memory_gib(_opened.device)
+    rank = int(os.environ.get("RANK", "0"))
+    text = describe.out_of_memory(_opened.plan, held, f"rank {rank}: {error}")
+    _opened.run.event("oom", attempt=_opened.attempt, reason="out_of_memory", rank=rank, measured_gib=held,
+                      predicted_gib=_opened.plan.get("memory_gib"), lighter=_opened.plan.get("lighter"))  # fmt: skip
+    print(text, file=sys.stderr, flush=True)
 
 
 def fail(reason: str) -> None:

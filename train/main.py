@@ -33,7 +33,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     opened = lifecycle.open_run(cfg, prepared, request, procs)
     if opened.finished:  # and was shown
         return procs.close()
-    cfg, run = opened.cfg, opened.run
+    cfg, run = lifecycle.lay_out(opened, prepared, procs), opened.run
     stop = Stop(cfg, run.stop, run.save, started=started)
     watch.open(run.logs, opened.attempt)
 
@@ -59,6 +59,9 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     in_force = engine.check()  # read from the live objects and compared with what was asked; a difference ends here
     loader = Loader(train_sets, sequence, rank=procs.rank, world_size=procs.world_size, seed=cfg.seed,
                     micro_batch_size=engine.micro_batch_size, device=procs.device, workers=cfg.data.workers)  # fmt: skip
+
+    if cfg.run.preflight if cfg.run.preflight is not None else procs.device.type == "cuda":
+        lifecycle.preflight(cfg, engine, task, list(map(loader.to_device, loader.micro_batches(0))), procs)
 
     # ---------------------------------------------------------------------------------- Where the weights come from
     # From this run's own checkpoint, if it has one; else they stay what `prepare` has put in place: the weights that
@@ -96,6 +99,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         step, clock = step + 1, time.perf_counter()
         watch.mark(step, "reading data")
         batches = loader.micro_batches(step - 1)
+        lifecycle.fault(step, engine, procs)
 
         # One all-reduce of integers a step, on the host: what carries loss in the whole global batch (the loss is divided
         # by that, so the gradient depends neither on the split nor on padding), what really went into the model (for the

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +36,10 @@ def machine_of(hardware: HardwareConfig) -> Machine:
     nodes = node_range(hardware.nodes)[0]
     cards = _cards_here() if hardware.gpu is None and hardware.device in ("auto", "cuda") else []
     if hardware.gpu is None and not cards:
+        if hardware.device == "cuda":
+            raise ConfigError(
+                ["hardware.device=cuda: there is no card here to look at; name one with hardware.gpu=..."]
+            )
         return _cpu(hardware, nodes)
     name = hardware.gpu or cards[0]
     card = find_card(name)
@@ -48,18 +53,11 @@ def machine_of(hardware: HardwareConfig) -> Machine:
     memory = card.memory_gib if hardware.memory_gib is None else min(card.memory_gib, hardware.memory_gib)
     between = hardware.inter_node_gb_s or constants.DEFAULT_INTER_GB_S[card.generation]
     return Machine(
-        card=card,
-        device="cuda",
-        devices=hardware.devices_per_node or len(cards) or 1,
-        nodes=nodes,
-        memory_bytes=memory * GIB,
-        intra=(hardware.intra_node_gb_s or card.link_gb_s) * 1e9,
-        inter=between * 1e9,
-        host_bytes=(hardware.host_ram_gib or _ram() / GIB) * GIB,
-        nvme=(hardware.nvme_gb_s or 3.0) * 1e9,
-        usd_per_device_h=hardware.usd_per_device_h,
-        watts_per_device=hardware.watts_per_device or card.watts,
-    )
+        card=card, device="cuda", devices=hardware.devices_per_node or len(cards) or 1, nodes=nodes,
+        memory_bytes=memory * GIB, intra=(hardware.intra_node_gb_s or card.link_gb_s) * 1e9, inter=between * 1e9,
+        host_bytes=(hardware.host_ram_gib or _ram() / GIB) * GIB, nvme=(hardware.nvme_gb_s or 3.0) * 1e9,
+        usd_per_device_h=hardware.usd_per_device_h, watts_per_device=hardware.watts_per_device or card.watts,
+    )  # fmt: skip
 
 
 def precision_of(cfg: Config, machine: Machine) -> str:
@@ -92,20 +90,9 @@ def _cpu(hardware: HardwareConfig, nodes: int) -> Machine:
     card = Card(
         full * constants.CPU_CORE_HALF, full, constants.CPU_BANDWIDTH_GB_S * each, limit / GIB, 15.0 * each, "cpu"
     )
+    watts = hardware.watts_per_device or card.watts
     return Machine(
-        card,
-        "cpu",
-        processes,
-        nodes,
-        limit,
-        2e9,
-        1e9,
-        ram,
-        10e9,
-        10e9,
-        1e9,
-        hardware.usd_per_device_h,
-        hardware.watts_per_device or card.watts,
+        card, "cpu", processes, nodes, limit, 2e9, 1e9, ram, 10e9, 10e9, 1e9, hardware.usd_per_device_h, watts
     )
 
 
@@ -128,10 +115,14 @@ def _cards_here() -> list[str]:
 
 
 def _ram() -> float:
+    """Of this machine, or what the control group leaves of it."""
     try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        installed = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (OSError, ValueError):
-        return 8.0 * GIB
+        installed = 8.0 * GIB
+    with suppress(OSError, ValueError):
+        return min(installed, float(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return installed
 
 
 @lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from train.compose import read_yaml
@@ -119,23 +120,30 @@ class Row:
 
 
 def plan(cfg: Config, info: Mapping[str, Any] | None = None) -> Plan:
-    """The best layout of `cfg`; one with `fits` false where none fits. Raises ConfigError, ModelError."""
+    """The best layout of `cfg`; one with `fits` false where none fits. Raises ConfigError."""
     return search(cfg, info)[0]
 
 
-def search(cfg: Config, info: Mapping[str, Any] | None = None) -> list[Plan]:
+def search(cfg: Config, info: Mapping[str, Any] | None = None, *, take: bool = True) -> list[Plan]:
     """Every layout that `cfg` allows, the best first; those that do not fit after those that do, the nearest first.
 
     info: `Prepared.info` where data is prepared; what is missing is assumed and said. `strategy=auto` leaves every lever
     to the search; a strategy by name keeps the levers as they are set and plans only the micro-batch and chunked loss.
+    take: whether traces may be taken, else NoTrace is raised where one is missing.
+
+    On a CPU, where a run may take no longer than planning it, what trades time for memory is looked at only where nothing
+    simpler fits.
     """
-    subject = Subject(cfg, info or {})
+    subject = Subject(cfg, info or {}, take)
     machine = machines.machine_of(cfg.hardware)
     precision = machines.precision_of(cfg, machine)
-    found = [
-        _judge(subject, machine, precision, layout, chunked)
-        for layout, chunked in _layouts(cfg, machine, _steps(subject)[0])
-    ]
+    found: list[Plan] = []
+    layouts = list(_layouts(cfg, machine, length(subject)[0]))
+    if machine.device == "cpu":
+        layouts.sort(key=_trade)
+    for _, kind in groupby(layouts, key=_trade):
+        if machine.device != "cpu" or not any(p.fits for p in found):
+            found += [_judge(subject, machine, precision, layout, chunked) for layout, chunked in kind]
     fitting = [p for p in found if p.fits]
     failing = sorted((p for p in found if not p.fits), key=_excess)
     if not fitting:
@@ -167,6 +175,10 @@ def _complexity(p: Plan) -> tuple[Any, ...]:
     )
 
 
+def _trade(layout: tuple[Layout, bool]) -> tuple[int, bool, bool]:
+    return ORDER.index(layout[0].strategy), layout[1], layout[0].checkpointing > 0
+
+
 def _layouts(cfg: Config, machine: Machine, length: int | None) -> Iterator[tuple[Layout, bool]]:
     """(layout, chunked loss) of everything that `cfg` allows on `machine`. length: of the run in steps, if it is known."""
     s, ranks = cfg.strategy, machine.ranks
@@ -191,28 +203,17 @@ def _layouts(cfg: Config, machine: Machine, length: int | None) -> Iterator[tupl
             for checkpointing in checkpoints:
                 for chunked in chunkings:
                     for compiled in compiles:
-                        yield (
-                            Layout(
-                                strategy=name,
-                                ranks=ranks,
-                                micro_batch=micro,
-                                accumulation=-(-share // micro),
-                                checkpointing=checkpointing,
-                                offload=offload,
-                                offload_parameters=with_parameters,
-                                activation_offload=s.activation_offload,
-                                compile="blocks" if compiled else "none",
-                                optimizer=cfg.optim.name,
-                                momentum=cfg.optim.momentum > 0,
-                                foreach=not fused and cfg.numerics == "fast" and cfg.optim.name == "adamw",
-                                ema=cfg.optim.ema is not None,
-                                quantised=cfg.peft.name == "qlora",
-                                bucket_bytes=s.bucket_mb * 2**20,
-                                persistence_threshold=s.persistence_threshold,
-                                device=machine.device,
-                            ),
-                            bool(chunked),
-                        )
+                        laid = Layout(
+                            strategy=name, ranks=ranks, micro_batch=micro, accumulation=-(-share // micro),
+                            checkpointing=checkpointing, offload=offload, offload_parameters=with_parameters,
+                            activation_offload=s.activation_offload, compile="blocks" if compiled else "none",
+                            optimizer=cfg.optim.name, momentum=cfg.optim.momentum > 0,
+                            foreach=not fused and cfg.numerics == "fast" and cfg.optim.name == "adamw",
+                            ema=cfg.optim.ema is not None, quantised=cfg.peft.name == "qlora",
+                            bucket_bytes=s.bucket_mb * 2**20, persistence_threshold=s.persistence_threshold,
+                            device=machine.device,
+                        )  # fmt: skip
+                        yield laid, bool(chunked)
 
 
 def _engines(cfg: Config, machine: Machine) -> Iterator[tuple[str, str, bool]]:
@@ -255,7 +256,7 @@ def _judge(subject: Subject, machine: Machine, precision: str, layout: Layout, c
     elif sum(host.values()) > FITS * machine.host_bytes:
         reason = f"the host holds {sum(host.values()) / GIB:.0f} GiB of {machine.host_bytes / GIB:.0f} GiB"
     step = timing.step_time(trace, layout, machine)
-    steps, assumed = _steps(subject)
+    steps, assumed = length(subject)
     hours = device_hours = kwh = usd = None
     if steps is not None:
         compile_s = constants.COMPILE_S if layout.compile != "none" and machine.device == "cuda" else 0.0
@@ -266,42 +267,22 @@ def _judge(subject: Subject, machine: Machine, precision: str, layout: Layout, c
     peak_flops = (machine.card.full_tflops if precision == "fp32" else machine.card.half_tflops) * 1e12
     rate = cfg.train.global_batch_size / step.seconds
     return Plan(
-        fits=not reason,
-        strategy=layout.strategy,
-        ranks=layout.ranks,
-        nodes=machine.nodes,
-        micro_batch_size=layout.micro_batch,
-        gradient_accumulation_steps=layout.accumulation,
-        global_batch_size=cfg.train.global_batch_size,
-        precision=precision,
-        activation_checkpointing=layout.checkpointing,
-        chunked_loss=chunked,
-        compile=layout.compile != "none",
-        offload=layout.offload,
-        offload_parameters=layout.offload_parameters,
+        fits=not reason, strategy=layout.strategy, ranks=layout.ranks, nodes=machine.nodes,
+        micro_batch_size=layout.micro_batch, gradient_accumulation_steps=layout.accumulation,
+        global_batch_size=cfg.train.global_batch_size, precision=precision,
+        activation_checkpointing=layout.checkpointing, chunked_loss=chunked, compile=layout.compile != "none",
+        offload=layout.offload, offload_parameters=layout.offload_parameters,
         memory_gib={name: value / GIB for name, value in terms.items() if value > 0},
-        peak_memory_gib=peak / GIB,
-        allocated_gib=held.allocated / GIB,
-        limit_gib=limit / GIB,
-        moment=held.moment,
+        peak_memory_gib=peak / GIB, allocated_gib=held.allocated / GIB, limit_gib=limit / GIB, moment=held.moment,
         host_gib={name: value / GIB for name, value in host.items() if value > 0},
         host_limit_gib=machine.host_bytes / GIB,
-        step_s=step.seconds,
-        step_parts_s={name: value for name, value in step.parts.items() if value > 0},
-        samples_per_s=rate,
-        tokens_per_s=rate * trace.tokens if trace.tokens > 1 else None,
+        step_s=step.seconds, step_parts_s={name: value for name, value in step.parts.items() if value > 0},
+        samples_per_s=rate, tokens_per_s=rate * trace.tokens if trace.tokens > 1 else None,
         mfu=step.flops / step.seconds / peak_flops,
-        parameters=trace.numel(),
-        trainable=trace.numel(trainable=True),
-        steps=steps,
-        hours=hours,
-        device_hours=device_hours,
-        kwh=kwh,
-        usd=usd,
-        hardware=cfg.hardware.name,
-        reason=reason,
-        assumed=assumed,
-    )
+        parameters=trace.numel(), trainable=trace.numel(trainable=True),
+        steps=steps, hours=hours, device_hours=device_hours, kwh=kwh, usd=usd,
+        hardware=cfg.hardware.name, reason=reason, assumed=assumed,
+    )  # fmt: skip
 
 
 def _why(terms: Mapping[str, float], layout: Layout, limit: float) -> str:
@@ -315,7 +296,7 @@ def _why(terms: Mapping[str, float], layout: Layout, limit: float) -> str:
     return f"{whole}: the activations of {rows} take {moving / GIB:.1f} GiB beside {state / GIB:.1f} GiB of model state"
 
 
-def _steps(subject: Subject) -> tuple[int | None, tuple[str, ...]]:
+def length(subject: Subject) -> tuple[int | None, tuple[str, ...]]:
     """(steps of the run, or None where its length is in epochs of data that nobody has counted; what was assumed)."""
     cfg, t = subject.cfg, subject.cfg.train
     assumed: list[str] = []

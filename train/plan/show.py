@@ -14,6 +14,7 @@ from train.plan.search import Change, Plan, Row
 from train.plan.timing import MFU_FORMULA
 
 WIDTH = 44  # of a bar
+BATCH = "micro x accum x ranks = batch"
 LETTERS = "▓▒░█▚▞◆◇●○"
 
 
@@ -37,40 +38,18 @@ def render(plans: Sequence[Plan], changes: Sequence[Change] = (), *, others: int
 
 def render_all(experiment: str, rows: Sequence[Row]) -> str:
     """A line per tier: fits or not, how it would run, what it costs, and what changed from the line above."""
-    table = [
-        [
-            "hardware",
-            "fits",
-            "layout",
-            "micro x accum x ranks = batch",
-            "GiB of",
-            "tokens/s",
-            "MFU",
-            "days",
-            "USD",
-            "changed",
-        ]
-    ]
+    table = [["hardware", "fits", "layout", BATCH, "GiB of", "tokens/s", "MFU", "days", "USD", "changed"]]
     before: Plan | None = None
     for row in rows:
         shown = row.plan if row.change is None else row.change.plan
         cells = _layout_cells(shown)
         change = " ".join(row.change.overrides) if row.change is not None else ""
         differs = change or ("" if before is None else _changed(before, shown))
-        table.append(
-            [
-                row.hardware,
-                "yes" if row.plan.fits else "no",
-                cells[0],
-                cells[1],
-                f"{shown.peak_memory_gib:.1f} of {shown.limit_gib:.0f}",
-                cells[4],
-                cells[5],
-                _days(shown.hours),
-                _money(shown.usd),
-                differs if row.plan.fits else f"with {change}" if change else "nothing tried fits: " + row.plan.reason,
-            ]
-        )
+        if not row.plan.fits:
+            differs = f"with {change}" if change else "nothing tried fits: " + row.plan.reason
+        held = f"{shown.peak_memory_gib:.1f} of {shown.limit_gib:.0f}"
+        fits, days, usd = "yes" if row.plan.fits else "no", _days(shown.hours), _money(shown.usd)
+        table.append([row.hardware, fits, cells[0], cells[1], held, cells[4], cells[5], days, usd, differs])
         before = shown
     lines = [
         f"{experiment}: the same experiment on every tier; no line changes what is learned unless it says so.",
@@ -166,7 +145,7 @@ def _published(experiment: str, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-_LAYOUT = ["layout", "micro x accum x ranks = batch", "GiB", "step", "tokens/s", "MFU", "run", "USD"]
+_LAYOUT = ["layout", BATCH, "GiB", "step", "tokens/s", "MFU", "run", "USD"]
 
 
 def _layout_cells(p: Plan) -> list[str]:
@@ -185,30 +164,17 @@ def _layout_cells(p: Plan) -> list[str]:
     batch = f"{p.micro_batch_size} x {p.gradient_accumulation_steps} x {p.ranks} = {p.global_batch_size}"
     batch += "" if covered == p.global_batch_size else f" (+{covered - p.global_batch_size} empty)"
     rate = f"{p.tokens_per_s:,.0f}" if p.tokens_per_s is not None else f"{p.samples_per_s:,.0f}/s"
-    return [
-        " + ".join(levers),
-        batch,
-        f"{p.peak_memory_gib:.1f}",
-        _seconds(p.step_s),
-        rate,
-        f"{p.mfu:.0%}",
-        _hours(p.hours) if p.hours is not None else "?",
-        _money(p.usd),
-    ]
+    hours = _hours(p.hours) if p.hours is not None else "?"
+    layout, held = " + ".join(levers), f"{p.peak_memory_gib:.1f}"
+    return [layout, batch, held, _seconds(p.step_s), rate, f"{p.mfu:.0%}", hours, _money(p.usd)]
 
 
 def _changed(before: Plan, now: Plan) -> str:
     """What differs between two layouts, none of which changes the math."""
-    pairs = (
-        ("ranks", before.ranks, now.ranks),
-        ("strategy", before.strategy, now.strategy),
-        ("micro-batch", before.micro_batch_size, now.micro_batch_size),
-        ("offload", before.offload, now.offload),
-        ("checkpointing", before.activation_checkpointing, now.activation_checkpointing),
-        ("chunked loss", before.chunked_loss, now.chunked_loss),
-        ("compiled", before.compile, now.compile),
-        ("precision", before.precision, now.precision),
-    )
+    levers = {"ranks": "ranks", "strategy": "strategy", "micro-batch": "micro_batch_size", "offload": "offload",
+              "checkpointing": "activation_checkpointing", "chunked loss": "chunked_loss", "compiled": "compile",
+              "precision": "precision"}  # fmt: skip
+    pairs = ((name, getattr(before, key), getattr(now, key)) for name, key in levers.items())
     return ", ".join(f"{name} {a} -> {b}" for name, a, b in pairs if a != b)
 
 

@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.compose import ConfigError
 from train.data import cache
 from train.plan.shapes import Trace
 
@@ -32,12 +33,18 @@ DIGITS = {"digits": (10, 1), "digit_scenes": (11, 1)}
 """Classes and channels of the pictures that need no files."""
 
 
+class NoTrace(Exception):
+    """There is no trace at hand, and none was to be taken."""
+
+
 @dataclass
 class Subject:
     """An experiment, and what is known of its data (`Prepared.info`; may be empty)."""
 
     cfg: Config
     info: Mapping[str, Any] = field(default_factory=dict)
+    take: bool = True
+    """Whether the first trace may be taken if it is not at hand. Others are needed only where memory is short."""
     _traces: dict[tuple[str, str, bool, str], Trace] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -62,7 +69,8 @@ class Subject:
         return self.cfg.data.seq_len if self.cfg.data.kind in ("text", "chat") else 1
 
     def trace(self, *, precision: str, mode: str, chunked: bool, device: str) -> Trace:
-        """The trace of this experiment: shipped, kept, or taken now. Raises ModelError for a model that cannot be had."""
+        """The trace of this experiment: shipped, kept, or taken now. Raises NoTrace, or ConfigError for a model that cannot be
+        had."""
         if precision == "fp32":
             mode = "autocast"  # both modes are the same
         asked = (precision, mode, chunked, device)
@@ -72,6 +80,8 @@ class Subject:
         kept = cache.cache_root(self.cfg) / "traces" / f"{key}.json"
         found = _shipped().get(key) or _read(kept)
         if found is None:
+            if not self.take and not self._traces:
+                raise NoTrace(key)
             found = self._take(*asked)
             _write(kept, found)
         self._traces[asked] = found
@@ -114,16 +124,13 @@ class Subject:
             with models.keyed(module, batch, cfg.seed):
                 return task.loss(module, batch)[0]
 
-        return trace(
-            task.build_model,
-            models.blocks,
-            self.batch,
-            loss,
-            precision=precision,
-            mode=mode,
-            tokens=self.tokens,
-            device=device,
-        )
+        try:
+            return trace(
+                task.build_model, models.blocks, self.batch, loss,
+                precision=precision, mode=mode, tokens=self.tokens, device=device,
+            )  # fmt: skip
+        except models.ModelError as error:
+            raise ConfigError([str(error)]) from error
 
     def batch(self, size: int) -> dict[str, Any]:
         """A micro-batch of the shapes that the loader makes; only shapes count."""
