@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence resume-matrix kill
+.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence plan resume-matrix kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -92,3 +92,8 @@ equivalence: install-dev
 #: kill          500 kills and 100 requests to stop at random moments; a quarter of an hour
 kill: install-dev
 	$(BIN)/python benchmarks/kill.py $(ARGS)
+
+#: plan          the planner against the peak of this machine's allocator, and against what others published
+plan: install-dev
+	$(BIN)/python benchmarks/plan_vs_measured.py $(ARGS)
+	$(BIN)/python benchmarks/plan_vs_published.py $(ARGS)
