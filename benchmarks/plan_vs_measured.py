@@ -1,11 +1,12 @@
 """The planner's memory against the peak of the profiler's allocator events, on this machine's CPU, with the real engines.
 
-    python benchmarks/plan_vs_measured.py [--json] [--only PATTERN]
+    python benchmarks/plan_vs_measured.py [--json | --markdown] [--only PATTERN]
+    python benchmarks/plan_vs_measured.py --markdown --merge ONE.json OTHER.json      the page of runs of parts
 
 Every configuration is composed as a run would be; its engine is built by `train.strategy`, prepared, and taken through two
 whole steps (two, because optimizer state appears in the first). What the CPU's allocator handed out and took back meanwhile
 is read from torch's profiler, which knows nothing of the planner or its tracer. Several ranks are several processes; the
-rank with the highest peak counts.
+rank with the highest peak counts. Peaks under 200 MiB are shown and not counted.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ def overrides(ranks: int, texts: list[str], pretrained: Path) -> list[str]:
     words = [f"{LONG[w.partition('=')[0]]}={w.partition('=')[2]}" if w.partition("=")[0] in LONG else w for w in words]
     chunked = [] if any("chunked_loss" in w for w in words) else ["strategy.chunked_loss=false"]
     return [*words, *chunked, "hardware=cpu", f"hardware.devices_per_node={ranks}", "train.precision=fp32", "optim.warmup_steps=0",
-            "strategy.persistence_threshold=0"]  # fmt: skip
+            "strategy.persistence_threshold=0", "strategy.bucket_mb=25"]  # fmt: skip
 
 
 def pretrained_model(directory: Path) -> Path:
@@ -204,14 +205,34 @@ def measured(ranks: int, jobs: list[list[str]]) -> list[Any]:
     return [next((x for x in row if isinstance(x, str)), None) or max(row) for row in zip(*found, strict=True)]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", default="", help="configurations whose name contains this")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.worker:
-        worker(json.loads(options.worker))
+LEAST = 200 * 2**20  # bytes of a peak that counts
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """A table and what it comes to."""
+    out = ["| configuration | measured, MiB | predicted, MiB | error | the plan's moment |", "|---|---|---|---|---|"]
+    for r in rows:
+        predicted = f"{r['predicted'] / 2**20:.1f}"
+        if r["error"] is None:
+            out.append(f"| {r['name']} | {r['measured']} | {predicted} | | |")
+        else:
+            error = f"{r['error']:+.1%}" + ("" if r["measured"] >= LEAST else " (not counted)")
+            out.append(f"| {r['name']} | {r['measured'] / 2**20:.1f} | {predicted} | {error} | {r['moment']} |")
+    return "\n".join([*out, "", verdict(rows)])
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    counted = [r["error"] for r in rows if r["error"] is not None and r["measured"] >= LEAST]
+    if not counted:
+        return "nothing to count"
+    sizes = [abs(e) for e in counted]
+    return (
+        f"{len(counted)} configurations: median {statistics.median(sizes):.1%}, highest {max(sizes):.1%}, "
+        f"mean with its sign {statistics.fmean(counted):+.1%}"
+    )
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     from train import config
     from train import plan as planner
 
@@ -228,15 +249,28 @@ def main() -> None:
                 error = predicted / peak - 1 if isinstance(peak, float) else None
                 rows.append({"name": name, "measured": peak, "predicted": predicted, "error": error, "moment": best.moment,
                              "terms_mib": {k: round(v * 1024, 1) for k, v in best.memory_gib.items()}})  # fmt: skip
-                if not options.json:
+                if not options.json and not options.markdown:
                     shown = f"{peak / 2**20:8.1f}" if error is not None else f"  {peak}"
                     print(f"{name:36s} measured {shown} MiB  predicted {predicted / 2**20:8.1f} MiB"
                           + (f"  {error:+6.1%}" if error is not None else ""), flush=True)  # fmt: skip
-    errors = [abs(r["error"]) for r in rows if r["error"] is not None]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="what --json printed; runs nothing")
+    parser.add_argument("--only", default="", help="configurations whose name contains this")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(json.loads(options.worker))
+    rows = [row for file in options.merge for row in json.loads(file.read_text())] or run(options)
     if options.json:
         print(json.dumps(rows, indent=2))
-    elif errors:
-        print(f"{len(errors)} configurations: median {statistics.median(errors):.1%}, highest {max(errors):.1%}")
+    else:
+        print(page(rows) if options.markdown else verdict(rows))
 
 
 if __name__ == "__main__":
