@@ -763,6 +763,9 @@ def main() -> None:
     parser.add_argument("--rows", action="store_true", help="print the error of every row")
     parser.add_argument("--fit", action="store_true", help="fit the constants again, also with each source left out")
     options = parser.parse_args()
+    names = [f"{name}.csv" for name in ("memory", "throughput", "gpu_hours", "fits")]
+    if not any((options.data / name).is_file() for name in names):
+        parser.error(f"--data {options.data}: holds none of {', '.join(names)}")
     found, fit = report(options.data), fitted(options.data) if options.fit else None
     if options.markdown:
         print(page(found, fit))
