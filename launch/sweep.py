@@ -29,7 +29,7 @@ from types import ModuleType
 from typing import Any
 
 from launch import local, slurm
-from train import config, rundir
+from train import config, describe, rundir
 from train.config import HOW, WATCHED, WHERE, Config, ConfigError
 from train.rundir import RunDir
 
@@ -287,6 +287,7 @@ def _find(lists: Sequence[Sequence[str]], options: list[str], sweep: Sweep | Non
     lists = [[word for word in words if _key(word) not in ("run.root", "run.name")] for words in lists]
     if sweep is None:
         first = config.compose([*lists[0], *place], **_composing(options))
+        describe.refuse_secrets(first)  # `sweep.json` has every override
         path = RunDir(Path(first.run.root) / (first.run.name or f"{first.experiment}-{_digest(lists)}")).path
         sweep = read(path) or Sweep(path, options)
     return sweep, sweep.add(lists)

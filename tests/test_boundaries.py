@@ -36,7 +36,7 @@ ARROWS = {
     "rundir": {"config", "compose"},
     "describe": {"config", "rundir"},
     "optim": {"config", "rundir"},
-    "metrics": {"config", "rundir"},
+    "metrics": {"config", "rundir", "describe"},
     "trackers": {"config", "rundir", "describe"},
     "stop": {"config", "rundir"},
     "ledger": {"config", "rundir", "order", "data", "checkpoint"},

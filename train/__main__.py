@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if flags & {"-m", "--multirun"}:
         return multirun(argv)
 
-    from train import config
+    from train import config, describe
 
     plugin = options.get("--plugin") or os.environ.get("GEARSHIFT_PLUGIN")
     try:
@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
             cfg = config.load(options["--config"], overrides)
         else:
             cfg = config.compose(overrides, config_dir=options.get("--config-dir"), plugin=plugin)
+        describe.refuse_secrets(cfg)
     except config.ConfigError as error:
         return complain([str(error)])
     if "--cfg" in flags:
@@ -83,6 +84,7 @@ def run(cfg: Config, step: str, *, accept: bool) -> int:
     # Read by libgomp when torch loads it. Threads that spin while they wait cost nothing on an idle machine, and a factor
     # of ten where anything else runs; the command's own environment wins.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.umask(os.umask(0o027) | 0o027)  # what libraries write into the run directory is nobody else's either
 
     from train import lifecycle
     from train.config import ConfigError

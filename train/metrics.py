@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.config import Config
+from train.describe import scrub
 from train.rundir import FILE_MODE, RunDir, append_lines, make_directory, read_jsonl
 
 if TYPE_CHECKING:
@@ -360,11 +361,13 @@ def start_logging(run: RunDir, rank: int) -> None:
     root, file = logging.getLogger(), make_directory(run.logs) / f"rank-{rank}.log"
     file.touch(FILE_MODE)
     to_file: logging.Handler = logging.FileHandler(file)
-    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_file.setFormatter(_Scrubbed("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    to_stderr = _Stderr()
+    to_stderr.setFormatter(_Scrubbed())
     while _handlers:  # of an earlier run in this process
         root.removeHandler(_handlers[-1])
         _handlers.pop().close()
-    _handlers.extend([to_file, _Stderr()] if rank == 0 else [to_file])
+    _handlers.extend([to_file, to_stderr] if rank == 0 else [to_file])
     for handler in _handlers:
         root.addHandler(handler)
     logging.getLogger("train").setLevel(logging.INFO)
@@ -372,6 +375,13 @@ def start_logging(run: RunDir, rank: int) -> None:
 
 
 _handlers: list[logging.Handler] = []
+
+
+class _Scrubbed(logging.Formatter):
+    """Lines and tracebacks without secrets: libraries put URLs and tokens into theirs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return scrub(super().format(record))
 
 
 class _Stderr(logging.Handler):

@@ -239,7 +239,12 @@ def _safetensors(directory: Path) -> Weights:
 
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if index.exists():
-        files = sorted({directory / name for name in json.loads(index.read_text())["weight_map"].values()})
+        try:
+            files = sorted(
+                {directory / Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{index} is no index of weights ({error}). Fetch the model again.") from None
     elif single.exists():
         files = [single]
     else:
