@@ -347,6 +347,8 @@ def _start(
         print(describe.show_result(run))
         return rundir.EXIT_FINISHED
     processes = local.world_size(cfg) if cfg.slurm.name == "none" else None
+    if replan and processes is None:
+        raise config.ConfigError([f"--on-oom replan: goes on here, not under slurm={cfg.slurm.name}; leave it out."])
     choice = planning.layout(cfg, prepared.info, processes=processes, dry=dry_run)
     if dry_run:
         print(planning.everything(cfg, run, arguments, choice, processes))

@@ -136,7 +136,7 @@ def test_a_run_takes_the_plan_and_ends_with_it_beside_what_was_measured(base: li
 
 
 def test_what_cannot_fit_does_not_start_unless_told_to(base: list[str]) -> None:
-    small = "hardware.memory_gib=0.0005"
+    small = "hardware.memory_gib=0.0002"
     refused = gearshift("run", *base, "run.name=large", small)
     assert refused.returncode == rundir.EXIT_FIT
     assert "Does not fit" in refused.stderr
