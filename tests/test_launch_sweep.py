@@ -284,6 +284,7 @@ def test_a_task_that_cannot_fit_is_not_submitted(tmp_path, cluster):
 
 
 @pytest.mark.slurm
+@pytest.mark.slow
 def test_a_preempted_task_of_an_array_goes_on(tmp_path, cluster):
     lab = Lab(tmp_path)
     words = [
