@@ -52,6 +52,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -96,7 +97,8 @@ def start(arguments: list[str], output: Path, prepare: Callable[[], object] = la
         from train.__main__ import main
 
         os._exit(main(arguments))
-    finally:
+    except BaseException:
+        traceback.print_exc()
         os._exit(99)
 
 
@@ -484,8 +486,9 @@ def processes_with(word: str) -> list[str]:
 
 def _ask_at(moment: str, countdown: int, ask: Callable[[], None]) -> None:
     """In the process to be stopped: ask at a named moment, the countdown-th of its kind."""
-    from train import checkpoint, main, tasks
+    from train import checkpoint, main
     from train.data.loader import Loader
+    from train.tasks.causal_lm import CausalLM
 
     def before(owner: Any, name: str, due: Callable[..., bool]) -> None:
         real, seen = getattr(owner, name), [0]
@@ -498,15 +501,14 @@ def _ask_at(moment: str, countdown: int, ask: Callable[[], None]) -> None:
 
         setattr(owner, name, wrapped)
 
-    task = tasks.TASKS["causal_lm"]
     if moment == "importing":  # noted from `catch_early` on; the run directory is not there yet
         before(main.strategy, "start", lambda n, _: n == 1)
     elif moment == "first step":
         before(Loader, "micro_batches", lambda n, _: n == 1)
     elif moment == "micro-batch":
-        before(task, "loss", lambda n, _: n == 2 * countdown)
+        before(CausalLM, "loss", lambda n, _: n == 2 * countdown)
     elif moment == "evaluation":
-        before(task, "evaluate", lambda n, _: n == 1)
+        before(CausalLM, "evaluate", lambda n, _: n == 1)
     elif moment == "save":
         before(checkpoint, "_write_file", lambda n, _: n == 1 + countdown // 4)
     elif moment == "last step":
