@@ -117,14 +117,9 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         raise Mismatch("the ranks were started with different configs")
     settled = replace(cfg, train=replace(cfg.train, precision=answer["precision"]))
     global _opened
-    _opened = Opened(
-        RunDir(answer["path"]),
-        settled,
-        answer["attempt"],
-        {"math_hash": answer["math_hash"], "exec_hash": answer["exec_hash"]},
-        answer["finished"],
-        locks[0] if locks else None,
-    )
+    hashes = {"math_hash": answer["math_hash"], "exec_hash": answer["exec_hash"]}
+    lock = locks[0] if locks else None
+    _opened = Opened(RunDir(answer["path"]), settled, answer["attempt"], hashes, answer["finished"], lock)
     if not _opened.finished:
         metrics.start_logging(_opened.run, procs.rank)
     return _opened
@@ -283,24 +278,11 @@ def conclude(opened: Opened, procs: Processes, prepared: Prepared, *, status: st
         tokens = counters["samples"] * opened.cfg.data.seq_len
     run.event("stop" if status == "stopped" else "end", attempt=opened.attempt, step=step, status=status, reason=reason)
     run.write_result(
-        status,
-        opened.attempt,
-        reason=reason,
-        objective=counters["best"],
-        metric=metric,
-        steps=step,
-        samples=counters["samples"],
-        tokens=tokens,
-        wall_s=round(counters["wall_s"], 3),
-        **opened.hashes,
-        state_hash=state_hash,
-        engine=in_force,
-        predicted=opened.predicted,
-        measured=measured,
-        eval=evaluation,
-        baselines=prepared.info.get("baselines", {}),
-        sample=_last_sample(run),
-    )
+        status, opened.attempt, reason=reason, objective=counters["best"], metric=metric, steps=step,
+        samples=counters["samples"], tokens=tokens, wall_s=round(counters["wall_s"], 3), **opened.hashes,
+        state_hash=state_hash, engine=in_force, predicted=opened.predicted, measured=measured, eval=evaluation,
+        baselines=prepared.info.get("baselines", {}), sample=_last_sample(run),
+    )  # fmt: skip
     tracker.close({"status": status, "objective": counters["best"], **evaluation})
     if opened.lock is not None:
         opened.lock.release()

@@ -87,29 +87,18 @@ def choose(cfg: Config, info: Mapping[str, Any], *, take: bool = True) -> Choice
 
 def settled(cfg: Config, plan: Plan) -> StrategyConfig:
     """`cfg.strategy` with the levers of `plan`."""
-    return replace(
-        cfg.strategy,
-        name=plan.strategy,
-        micro_batch_size=plan.micro_batch_size,
-        activation_checkpointing=plan.activation_checkpointing,
-        chunked_loss=plan.chunked_loss if cfg.task.name == "causal_lm" else cfg.strategy.chunked_loss,
-        compile=plan.compile,
-        offload=plan.offload,
-        offload_parameters=plan.offload_parameters,
-    )  # type: ignore[arg-type]
+    chunked = plan.chunked_loss if cfg.task.name == "causal_lm" else cfg.strategy.chunked_loss
+    levers = ("micro_batch_size", "activation_checkpointing", "compile", "offload", "offload_parameters")
+    planned = {lever: getattr(plan, lever) for lever in levers}
+    return replace(cfg.strategy, name=plan.strategy, chunked_loss=chunked, **planned)  # type: ignore[arg-type]
 
 
 def settings(plan: Plan) -> list[str]:
     """Overrides for exactly this layout, which leave every other setting of `strategy` alone."""
-    levers = {
-        "name": plan.strategy,
-        "micro_batch_size": plan.micro_batch_size,
-        "activation_checkpointing": plan.activation_checkpointing,
-        "chunked_loss": "true" if plan.chunked_loss else "null",
-        "compile": str(plan.compile).lower(),
-        "offload": plan.offload,
-        "offload_parameters": str(plan.offload_parameters).lower(),
-    }
+    flags = {"compile": plan.compile, "offload_parameters": plan.offload_parameters}
+    levers = {"name": plan.strategy, "chunked_loss": "true" if plan.chunked_loss else "null", "offload": plan.offload}
+    levers |= {lever: str(value).lower() for lever, value in flags.items()}
+    levers |= {lever: str(getattr(plan, lever)) for lever in ("micro_batch_size", "activation_checkpointing")}
     return [f"strategy.{lever}={value}" for lever, value in levers.items()]
 
 
