@@ -140,7 +140,7 @@ def plan(
     _importable_from_here(plugin)
     composing = {"plugin": plugin, "config_dir": config_dir}
     if diff is not None:
-        print(planning.difference(*diff, words or [], **composing))
+        print(planning.difference(diff, words or [], **composing))
         return 0
     return planning.plan(planning.ask(words or [], **composing), all_hardware=all_hardware, as_json=as_json)
 

@@ -133,18 +133,19 @@ def everything(cfg: Config, run: RunDir, arguments: Sequence[str], choice: Choic
     return "\n".join(lines)
 
 
-def difference(a: str, b: str, shared: Sequence[str], **composing: str | None) -> str:
-    """What would run otherwise. a, b: a run directory, or overrides as one word; shared: overrides of both."""
+def difference(sides: tuple[str, str], shared: Sequence[str], **composing: str | None) -> str:
+    """What would run otherwise. sides: each a run directory, or overrides as one word; shared: overrides of both."""
     from train.plan.choose import choose
 
-    sides = []
-    for text in (a, b):
+    found = []
+    for text in sides:
         asked = ask([*shlex.split(text), *shared], **composing)
         choice = choose(replace(asked.cfg, run=replace(asked.cfg.run, fit="warn")), asked.info)
-        here = choice.plan is not None and choice.plan.nodes == 1 and asked.cfg.slurm.name == "none"
-        sides.append((asked, everything(asked.cfg, asked.run, [], choice, choice.plan.ranks if here else None)))
-    lines = difflib.unified_diff(*(text.splitlines() for _, text in sides), a, b, lineterm="", n=0)
-    learned = [{group: config.to_dict(asked.cfg)[group] for group in config.WHAT} for asked, _ in sides]
+        p = choice.plan
+        ranks = p.ranks if p is not None and p.nodes == 1 and asked.cfg.slurm.name == "none" else None
+        found.append((asked, everything(asked.cfg, asked.run, [], choice, ranks).splitlines()))
+    lines = difflib.unified_diff(found[0][1], found[1][1], *sides, lineterm="", n=0)
+    learned = [{group: config.to_dict(asked.cfg)[group] for group in config.WHAT} for asked, _ in found]
     differs = config.diff(*learned)
     last = ["What is learned differs: " + "; ".join(differs)] if differs else ["What is learned is the same."]
     return "\n".join([*lines, *last])
