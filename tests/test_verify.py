@@ -19,10 +19,17 @@ pytestmark = pytest.mark.timeout(300)
 
 COMMON = [*trained.COMMON, "train.max_steps=6", "strategy.micro_batch_size=2", *trained.LANGUAGE]
 WRONG_SAMPLE = """
+from train import stop
 from train.data import loader
 from train.order import Samples
-plan = loader.Loader._plan
+plan, begin, runs = loader.Loader._plan, stop.Stop.__init__, []
+def begun(self, cfg, *files, **words):
+    runs.append(cfg.run.name)
+    begin(self, cfg, *files, **words)
+stop.Stop.__init__ = begun
 def wrong(self, step):
+    if runs[-1] != "wrong-sample":
+        return plan(self, step)
     ids = self.order.ids
     self.order.ids = lambda s: Samples(ids(s).source, (ids(s).index + (s == 3)) % self.order.sizes[0], ids(s).epoch)
     try:
@@ -35,7 +42,7 @@ loader.Loader._plan = wrong
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs: `chain` (1, 2 and 1 ranks), `lora` (over `base`, stopped and copied)."""
+    """Runs: `chain` (2 ranks, then 1), `lora` (over `base`, stopped and copied)."""
     root = tmp_path_factory.mktemp("verify")
     (root / "text").mkdir()
     for number in range(8):
@@ -51,11 +58,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     def job(name: str, *words: str) -> list[str]:
         return [*COMMON, *words, f"run.root={root}/runs", f"run.name={name}"]
 
-    ranks.run_jobs(1, [
-        job("chain", *text, "run.stop_at=2"),
+    ranks.run_jobs(2, [
+        job("chain", *text, "run.stop_at=2", "strategy=zero2"),
         job("lora", *chat, f"data.path={root}/chats.jsonl", f"model.path={root}/base", "run.stop_at=3"),
     ])  # fmt: skip
-    ranks.run_jobs(2, [job("chain", *text, "run.stop_at=4", "strategy=zero2")])
 
     # The copy: config, the jsonl files and the newest checkpoint; data and base model at other paths; the old ones gone.
     here, there = root / "runs" / "lora", root / "elsewhere" / "lora"
@@ -68,8 +74,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "moved").mkdir()
     shutil.move(root / "chats.jsonl", root / "moved" / "chats.jsonl")
     moved = [f"data.path={root}/moved/chats.jsonl", f"model.path={root}/other_base", f"run.root={root}/elsewhere"]
-    ranks.run_jobs(1, [job("chain", *text), [*job("lora", *chat), *moved]])
-    ranks.run_jobs(1, [job("wrong-sample", *text)], setup=WRONG_SAMPLE)
+    jobs = [job("chain", *text), [*job("lora", *chat), *moved], job("wrong-sample", *text)]
+    ranks.run_jobs(1, jobs, setup=WRONG_SAMPLE)
     return root
 
 
@@ -84,7 +90,7 @@ def test_a_run_over_several_sizes_is_clean(root: Path) -> None:
     found = json.loads(said)
     assert (code, found["clean"], found["problems"]) == (0, True, [])
     assert (found["steps"], found["positions"], found["redone"]) == (6, 24, 0)
-    assert (found["attempts"], found["ranks"], found["checkpoints"]) == ([1, 2, 3], [1, 2], [2, 4, 6])
+    assert (found["attempts"], found["ranks"], found["checkpoints"]) == ([1, 2], [1, 2], [2, 4, 6])
     code, said = verify(root / "runs" / "chain")
     assert code == 0
     assert "24 positions of 6 steps, each used exactly once" in said
@@ -143,15 +149,15 @@ def test_lines_that_are_lost_repeated_or_wrong_are_named(copy: RunDir) -> None:
 
 
 def test_steps_done_again_after_a_kill_are_attempts_and_not_repeats(copy: RunDir) -> None:
-    """Attempt 2 had gone on to step 6 without a save when it was killed; attempt 3 began at 4."""
+    """Attempt 1 had gone on to step 4 without a save when it was killed; attempt 2 began at 2."""
     records = rundir.read_jsonl(copy.ledger)
-    lost = [{**line, "attempt": 2} for line in records[4:]]
-    copy.ledger.write_text("".join(json.dumps(line) + "\n" for line in [*records[:4], *lost, *records[4:]]))
+    lost = [{**line, "attempt": 1} for line in records[2:4]]
+    copy.ledger.write_text("".join(json.dumps(line) + "\n" for line in [*records[:2], *lost, *records[2:]]))
     found = ledger.verify(copy)
     assert (found["problems"], found["redone"]) == ([], 2)
-    events = [event for event in rundir.read_jsonl(copy.events) if event.get("attempt") != 2]
+    events = [event for event in rundir.read_jsonl(copy.events) if event.get("attempt") != 1]
     copy.events.write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert any("attempt 2 has no beginning" in problem for problem in ledger.verify(copy)["problems"])
+    assert any("attempt 1 has no beginning" in problem for problem in ledger.verify(copy)["problems"])
 
 
 def test_damaged_checkpoints_are_named(copy: RunDir) -> None:
@@ -193,7 +199,8 @@ def test_a_manifest_that_covers_too_little_is_refused_though_it_hashes(copy: Run
         file.write_text(json.dumps(manifest))
         return str(error.value)
 
-    assert "gap or an overlap" in rewritten(lambda m: m["files"][0]["ranges"].pop(1))
+    assert "ends at element 0" in rewritten(lambda m: m["files"][0]["ranges"].pop(1))
+    assert "gap or an overlap" in rewritten(lambda m: m["files"][0]["ranges"].append([0, 1, 1]))
     assert "the checkpoint" in rewritten(lambda m: m["files"][0]["kinds"].remove("exp_avg"))
     assert "its header" in rewritten(lambda m: [f["kinds"].remove("exp_avg") for f in [m, *m["files"]]])
     assert "leads elsewhere" in rewritten(lambda m: m["files"][0].update(name="../rank-00000.safetensors"))

@@ -149,6 +149,8 @@ class Watchdog:
         print(f"\nnothing moves: {self._doing}, limit {limit_s:.0f} s. Stacks:", file=self._logs, flush=True)
         faulthandler.dump_traceback(self._logs, all_threads=True)
         if self._meeting is None:
+            if self.rank == 0:
+                self._fail(f"hung for {limit_s:.0f} s in start-up")
             os._exit(1)
         rundir.make_directory(self._meeting)
         me = {"marks": self._marks, "waits": _in_collective(), "doing": self._doing}
