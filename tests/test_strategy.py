@@ -128,7 +128,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str 
     root = tmp_path_factory.mktemp("runs")
     base = equivalence.base_model(root)
     small = [*SMALL, f"run.root={root}"]
-    lora = [*equivalence.TASKS["lora"], *equivalence.RECIPE, "train.precision=fp32", "train.max_steps=6", small[-1]]
+    lora = [o for o in equivalence.TASKS["lora"] if o != "peft=lora"]
+    lora += [*equivalence.RECIPE, "train.precision=fp32", "train.max_steps=6", small[-1]]
     lora += [f"model.path={base}", f"data.tokenizer={base}", "peft=qlora", "peft.alpha=64"]
     eight = [*small, "optim=adamw_8bit"]
 
@@ -223,7 +224,7 @@ def test_adamw_in_8_bits_moves_as_fp32(runs: tuple) -> None:
     pytest.importorskip("bitsandbytes")
     alone, wide = ended_well(runs, "single-eight"), ended_well(runs, "ddp-eight")
     assert ranks.result(alone)["engine"]["optimizer_class"] == "AdamW8bit"
-    assert losses(wide) == pytest.approx(losses(alone), rel=1e-5)
+    assert losses(wide) == pytest.approx(losses(alone), rel=1e-3)  # rounding moves a number from one code to the next
     exact_moments = losses(ended_well(runs, "single"))
     assert losses(alone) == pytest.approx(exact_moments, rel=5e-3)
     assert losses(alone)[1:] != exact_moments[1:]
