@@ -294,8 +294,7 @@ def test_killing_gearshift_leaves_no_orphans(
 
 @pytest.mark.pulse
 @pytest.mark.ranks
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_rank_is_started_again_from_the_last_commit(
     gearshift: Command, tmp_path: Path, settings: list[str], processes: int
 ) -> None:
@@ -307,3 +306,4 @@ def test_a_killed_rank_is_started_again_from_the_last_commit(
     assert result_of(run)["attempt"] == 2
     (resumed,) = [event for event in rundir.read_jsonl(run.events) if event["kind"] == "resume"]
     assert resumed["step"] >= 100
+    assert "each used exactly once" in gearshift("verify", run.path, command=WITHOUT_TORCH).stdout
