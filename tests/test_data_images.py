@@ -87,7 +87,7 @@ def test_an_own_folder_is_read_and_its_corrupt_file_is_named(own: Path, tmp_path
         assert set(np.unique(sample["mask"])) <= {0, 1, 2, 255}
     again: list[str] = []
     assert data.prepare(cfg, again.append) == prepared
-    assert not again, "what is prepared is not looked at again"
+    assert again == ["In the masks 255 carries no loss."], "what is prepared is not looked at again"
     assert "mask 0" in data.show(prepared, cfg)[0]
 
 
@@ -109,7 +109,7 @@ def test_the_fingerprint_follows_the_content_and_not_the_place(own: Path, tmp_pa
     shutil.copytree(own, tmp_path / "elsewhere")
     said: list[str] = []
     assert data.prepare(_cfg(tmp_path, tmp_path / "elsewhere"), said.append).fingerprints == first
-    assert not said, "the same content was looked at before"
+    assert not any("Looking" in line for line in said), "the same content was looked at before"
     Image.new("L", (61, 37), 1).save(tmp_path / "elsewhere" / "masks" / "p0.png")
     assert data.prepare(_cfg(tmp_path, tmp_path / "elsewhere"), said.append).fingerprints != first
 
@@ -133,6 +133,31 @@ def test_masks_of_0_and_255_have_a_foreground_and_255_beside_others_is_ignored(t
 
     prepared = data.prepare(_cfg(tmp_path, _masks(tmp_path / "ignored", [0, 1, 255])), lambda _: None)
     assert prepared.info["class_counts"] == [480, 480]
+
+
+@pytest.mark.parametrize(("train", "val"), [([0, 255], [0, 1]), ([0, 1], [0, 255])])
+def test_folders_whose_masks_are_read_differently_are_not_mixed(tmp_path: Path, train: list, val: list) -> None:
+    cfg = _cfg(tmp_path, _masks(tmp_path / "train", train), val_path=str(_masks(tmp_path / "val", val)))
+    with pytest.raises(DataError, match="255 cannot be class 1 here and carry no loss there"):
+        data.prepare(cfg, lambda _: None)
+
+
+def test_a_class_that_is_only_held_out_is_refused(tmp_path: Path) -> None:
+    cfg = _cfg(tmp_path, _masks(tmp_path / "train", [0, 1]), val_path=str(_masks(tmp_path / "val", [0, 1, 2])))
+    with pytest.raises(DataError, match="Class 2 of the masks is in no picture that is trained on"):
+        data.prepare(cfg, lambda _: None)
+
+
+@pytest.mark.parametrize(("trained", "judged"), [([0, 255], [0, 1]), ([0, 1], [0, 255]), ([0, 255], [0, 255])])
+def test_masks_to_compare_with_are_read_by_their_own_values(tmp_path: Path, trained: list, judged: list) -> None:
+    said: list[str] = []
+    cfg = _cfg(tmp_path, _masks(tmp_path / "train", trained))
+    info = data.prepare(cfg, said.append).info
+    assert ("In the masks 255 is read as class 1." in said) == (trained == [0, 255])
+    said.clear()
+    sample = images.inputs(_masks(tmp_path / "judged", judged), cfg, info, said.append).get(0)
+    assert any("is read as class 1" in line for line in said) == (trained != judged)
+    assert {0, 1} <= set(np.unique(sample["mask"])) <= {0, 1, 255}, "beyond the picture 255 carries no loss"
 
 
 def test_unknown_values_of_masks_are_refused_and_shown(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ Layouts below `data.path`:
     segment      images/a.jpg  masks/a.png      or  a.jpg  a_mask.png    paired by the path without its suffix
 
 Masks hold class ids (grey, 16-bit or palette: the index counts, not the colour). Where all masks of the data hold
-nothing but 0 and 255, 255 is class 1; otherwise 255 is `data.ignore_index` (by default) and carries no loss.
+nothing but 0 and 255, 255 is class 1; otherwise 255 is `data.ignore_index` (by default) and carries no loss. Folders
+that are used together must be read alike.
 """
 
 from __future__ import annotations
@@ -70,11 +71,15 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
     fingerprints.setdefault("data", cache.fingerprint(*fingerprints.values()))
     train, val = _split(folders, cfg.data)
     info = {
-        **_describe([row for rows in train for _, row in rows], [row for f in folders.values() for row in f.rows], cfg),
+        **_describe([row for rows in train for _, row in rows], list(folders.values()), cfg),
         "train_samples": [len(rows) for rows in train],
         "bad_rows": sum(folder.bad_rows for folder in folders.values()),
     }
     info["val_samples"] = len(tiles(_files(val, info, cfg, training=False), cfg, info, ""))
+    if info.get("foreground"):
+        say("In the masks 255 is read as class 1.")
+    elif str(cfg.data.ignore_index) in info.get("values", {}):
+        say(f"In the masks {cfg.data.ignore_index} carries no loss.")
     return Prepared(cfg.data.kind, next(iter(folders.values())).directory, fingerprints, info)
 
 
@@ -125,9 +130,16 @@ def inputs(source: Path, cfg: Config, info: Mapping[str, Any], say: Callable[[st
             say(f"{root / entry[0]}: {found}; left out.")
     if not rows:
         raise DataError(f"{source} holds no picture that can be read. Known suffixes: {' '.join(SUFFIXES)}.")
-    strange = set(_values([row for _, row in rows])) - {*range(info["num_classes"]), cfg.data.ignore_index}
-    if strange - {info.get("foreground")}:
-        say(f"{source}: the masks hold {sorted(strange)[:9]}, which this model does not know; they are not compared.")
+    values, foreground = set(_values([row for _, row in rows])), info.get("foreground")
+    known = {0, foreground} if foreground else {*range(info["num_classes"]), cfg.data.ignore_index}
+    # Of two classes, 0 and 255 are the same as 0 and 1, unless 255 carried no loss when the model learned.
+    other, binary = 1 if foreground else 255, info["num_classes"] == 2 and "255" not in info.get("values", {})
+    if other in values and values <= {0, other} and (foreground or binary):
+        foreground = other
+        info = {**info, "foreground": foreground}
+        say(f"{source}: {foreground} in these masks is read as class 1.")
+    elif strange := sorted(values - known):
+        say(f"{source}: the masks hold {strange[:9]}, which this model does not know; they are not compared.")
         rows = [(path, replace(row, mask=None)) for path, row in rows]
     return tiles(_files(rows, info, cfg, training=False), cfg, info, "")
 
@@ -378,13 +390,16 @@ def _files(rows: Rows, info: Mapping[str, Any], cfg: Config, *, training: bool) 
 # ---- Classes ---------------------------------------------------------------------------------------------------------
 
 
-def _describe(train: list[Row], everything: list[Row], cfg: Config) -> dict[str, Any]:
+def _describe(train: list[Row], folders: list[Folder], cfg: Config) -> dict[str, Any]:
     """What a model and a task need to know: classes and how often they occur, channels, normalisation."""
+    everything = [row for folder in folders for row in folder.rows]
     channels = checkpoint(cfg).get("channels") or max(row.channels for row in everything)
     in_channels = [[c % row.channels for c in range(channels)] for row in train]
     mean = np.mean([np.take(row.mean, chosen) for row, chosen in zip(train, in_channels)], axis=0).tolist()
     square = np.mean([np.take(row.square, chosen) for row, chosen in zip(train, in_channels)], axis=0).tolist()
     mean, std = normalisation(cfg, mean, square)
+    if cfg.task.name == "segment":
+        _read_alike(folders, cfg)
     count_classes = _mask_classes if cfg.task.name == "segment" else _folder_classes
     return {**count_classes(train, everything, cfg), "channels": channels, "mean": mean, "std": std}
 
@@ -402,6 +417,18 @@ def _folder_classes(train: list[Row], everything: list[Row], cfg: Config) -> dic
         given = f"data.num_classes={cfg.data.num_classes}"
         raise DataError(f"{given}: there are {len(classes)} class folders, {', '.join(classes)}. Leave it null.")
     return {"classes": classes, "num_classes": len(classes), "class_counts": [counts[name] for name in classes]}
+
+
+def _read_alike(folders: list[Folder], cfg: Config) -> None:
+    """Raise DataError where 255 would be class 1 in one folder by itself, and something else in all of them."""
+    found = {folder.path: set(_values(folder.rows)) for folder in folders}
+    binary = [path for path, values in found.items() if values == {0, 255}]
+    ids = [path for path, values in found.items() if values - {0, 255}]
+    if binary and ids and cfg.data.num_classes in (None, 2):
+        raise DataError(
+            f"The masks of {binary[0]} hold 0 and 255, those of {ids[0]} hold {sorted(found[ids[0]])[:9]}: 255 cannot be "
+            "class 1 here and carry no loss there. Rewrite the masks of one of them so that both hold the same ids."
+        )
 
 
 def _mask_classes(train: list[Row], everything: list[Row], cfg: Config) -> dict[str, Any]:
@@ -426,6 +453,11 @@ def _mask_classes(train: list[Row], everything: list[Row], cfg: Config) -> dict[
         raise DataError(" ".join(parts))
     seen = _values(train)
     counts = [seen[0], seen[255]] if foreground else [seen[value] for value in range(count)]
+    if unseen := [value for value in sorted(ids) if not counts[value]]:
+        raise DataError(
+            f"Class {', '.join(map(str, unseen[:9]))} of the masks is in no picture that is trained on, only in held-out "
+            "ones. Add pictures with it, or choose other held-out ones: data.val_fraction, data.fold or data.val_path."
+        )
     return {
         "classes": [str(value) for value in range(count)],
         "num_classes": count,
