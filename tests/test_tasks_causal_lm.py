@@ -29,9 +29,17 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def task(
-    tokenizer: Path, name: str = "llama", *, chunked: bool = False, tie: bool = False, **info: Any
+    tokenizer: Path,
+    name: str = "llama",
+    *,
+    chunked: bool = False,
+    tie: bool = False,
+    path: str | None = None,
+    kind: str = "text",
+    **info: Any,
 ) -> tuple[CausalLM, nn.Module]:
     cfg = Config()
+    cfg.model.path, cfg.data.kind = path, kind
     cfg.model.name, cfg.model.hidden_size, cfg.model.num_layers, cfg.model.tie_embeddings = name, 32, 2, tie
     cfg.data.seq_len, cfg.strategy.chunked_loss, cfg.eval.sample_tokens = 24, chunked, 12
     prepared = Prepared("text", tokenizer, {}, {"vocab_size": 260, "tokenizer": str(tokenizer), **info})
@@ -80,9 +88,10 @@ def test_no_target_is_a_finite_zero_with_zero_gradients(tokenizer: Path, chunked
 # ---- Packed rows -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_attention_never_crosses_documents(tokenizer: Path, name: str) -> None:
-    made, model = task(tokenizer, name)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "Gemma2"])
+def test_attention_never_crosses_documents(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    path = _checkpoint(name, tmp_path) if name == "Gemma2" else None
+    made, model = task(tokenizer, name, path=path)
     lengths, alone = [7, 11, 4], []
     documents = [batch(1, n, ignored=0.0) for n in lengths]
     for document in documents:
@@ -98,8 +107,38 @@ def test_attention_never_crosses_documents(tokenizer: Path, name: str) -> None:
     loss.backward()
     assert count == sum(lengths)
     assert loss.item() == pytest.approx(sum(alone), rel=1e-6)
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
     crossing = made.loss(model, {k: v for k, v in packed.items() if k not in ("document", "position_ids")})[0].item()
     assert abs(crossing - loss.item()) > 1e-4 * loss.item()  # the control: what a forgotten mask would give
+    if path is not None:
+        assert model.config._attn_implementation == "eager"
+        made._additive = False  # the control: the mask that fused attention takes
+        assert abs(made.loss(model, packed)[0].item() - loss.item()) > 1e-4 * loss.item()
+
+
+def _checkpoint(name: str, directory: Path) -> str:
+    """A tiny random model of transformers, as others publish them."""
+    import transformers
+
+    shapes = {
+        "Gemma2": {"head_dim": 8, "intermediate_size": 32, "num_key_value_heads": 2, "pad_token_id": None},
+        "Lfm2": {"intermediate_size": 32, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+        "Mamba": {"state_size": 4},
+        "Bloom": {"n_head": 2, "n_layer": 2},
+    }
+    common = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = getattr(transformers, f"{name}Config")(**common, **shapes[name])
+    torch.manual_seed(0)
+    getattr(transformers, f"{name}ForCausalLM")(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("name", ["Lfm2", "Mamba", "Bloom"])
+def test_a_model_that_no_mask_keeps_apart_takes_no_packed_rows(tokenizer: Path, tmp_path: Path, name: str) -> None:
+    path = _checkpoint(name, tmp_path)
+    with pytest.raises(ModelError, match="would see each other"):
+        task(tokenizer, path=path, kind="chat")
+    task(tokenizer, path=path, kind="text")
 
 
 # ---- The loss in chunks ----------------------------------------------------------------------------------------------

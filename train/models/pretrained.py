@@ -13,6 +13,7 @@ or numbers transformers must convert is loaded whole. Every tensor that does not
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import re
@@ -222,12 +223,27 @@ def _check_language_model(model: Any, cfg: Config, info: Mapping[str, Any]) -> N
         raise ModelError(
             f"data.seq_len={cfg.data.seq_len}: this model sees {longest} tokens at most. Lower data.seq_len."
         )
-    window = getattr(config, "sliding_window", None)
-    if window is not None and cfg.data.kind == "chat" and cfg.data.seq_len > window:
+    if cfg.data.kind == "chat":
+        _check_packing(model, cfg)
+
+
+def _check_packing(model: Any, cfg: Config) -> None:
+    """Packed chats are kept apart by a mask of attention and by positions, so nothing else may join tokens."""
+    config, parameters = model.config, inspect.signature(model.forward).parameters
+    recurrent = [name for name, layer in model.named_modules() if isinstance(layer, nn.Conv1d | nn.RNNBase)]
+    if getattr(model, "_is_stateful", False) or recurrent or not {"attention_mask", "position_ids"} <= set(parameters):
         raise ModelError(
-            f"data.seq_len={cfg.data.seq_len}: this model attends over windows of {window} tokens, which packed chats "
-            f"do not support. Set data.seq_len={window} or less."
+            f"model.path={cfg.model.path}: {type(model).__name__} carries a state along the row or takes no positions, "
+            "so chats that are packed into one row would see each other. Give a model whose tokens meet in attention "
+            "alone, or train on data=text."
         )
+    for field in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, field, None)
+        if window is not None and cfg.data.seq_len > window:
+            raise ModelError(
+                f"data.seq_len={cfg.data.seq_len}: this model attends over windows of {window} tokens, which packed "
+                f"chats do not support. Set data.seq_len={window} or less."
+            )
 
 
 # ---- Reading ---------------------------------------------------------------------------------------------------------

@@ -52,10 +52,12 @@ class CausalLM:
     def __init__(self, cfg: Config, prepared: Prepared) -> None:
         self.cfg, self.prepared, self.info = cfg, prepared, prepared.info
         self.directions = {"eval_loss": False, "eval_bpb": False}
+        self._additive = False  # the model adds its mask to the scores, so a mask of booleans would hide nothing
 
     def build_model(self) -> nn.Module:
         """Llama, GPT-2, or what `model.path` is. Raises models.ModelError."""
         model = models.build(self.cfg, self.info)
+        self._additive = getattr(model.config, "_attn_implementation", "sdpa") != "sdpa"
         if self.cfg.strategy.chunked_loss:
             _chunk_head(model)
         return model
@@ -69,11 +71,11 @@ class CausalLM:
         labels = batch["labels"]
         head = _chunked_head(model) if self.cfg.strategy.chunked_loss else None
         if head is None:
-            logits = model(**_inputs(batch)).logits.float()
+            logits = model(**_inputs(batch, self._additive)).logits.float()
             total = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
         else:
             with head.scoring(labels):
-                total = model(**_inputs(batch)).logits
+                total = model(**_inputs(batch, self._additive)).logits
         return total, self.count(batch)
 
     def evaluate(
@@ -217,13 +219,19 @@ def _prompts(source: Path) -> list[str]:
     return prompts
 
 
-def _inputs(batch: Batch) -> dict[str, Any]:
-    """The model's arguments. Where rows are packed, a token sees the earlier ones of its own document only."""
+def _inputs(batch: Batch, additive: bool) -> dict[str, Any]:
+    """The model's arguments. Where rows are packed, a token sees the earlier ones of its own document only.
+
+    The mask is of booleans, true where a token sees another, or `additive`: 0 there and -inf elsewhere.
+    """
     inputs: dict[str, Any] = {"input_ids": batch["input_ids"], "use_cache": False}
     if "document" in batch:
         document = batch["document"]
         same = document[:, :, None] == document[:, None, :]
-        inputs["attention_mask"] = same.tril()[:, None]
+        mask = same.tril()[:, None]
+        inputs["attention_mask"] = (
+            torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf) if additive else mask
+        )
         inputs["position_ids"] = batch["position_ids"]
     return inputs
 
