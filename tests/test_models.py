@@ -237,3 +237,30 @@ def test_attention_dropout_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"attn_pdrop=0.1.*fused kernels"):
         models.build(config(path=str(tmp_path)), INFO)
+
+
+@pytest.mark.parametrize(
+    ("name", "rates"),
+    [
+        ("OPT", {"dropout": 0.1}),
+        ("OPT", {"dropout": 0.0, "layerdrop": 0.1}),
+        ("Bloom", {"hidden_dropout": 0.1}),
+        ("BioGpt", {"hidden_dropout_prob": 0.1}),
+        ("BioGpt", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "activation_dropout": 0.1}),
+        ("Falcon", {"hidden_dropout": 0.1}),
+    ],
+)
+def test_dropout_called_as_a_function_is_refused(tmp_path: Path, name: str, rates: dict[str, float]) -> None:
+    import transformers
+
+    common = {"vocab_size": 260, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shapes = {"OPT": {"ffn_dim": 32, "word_embed_proj_dim": 32}, "BioGpt": {"intermediate_size": 32}}
+    off = {"attention_dropout": 0.0, "attention_probs_dropout_prob": 0.0}
+    shape = getattr(transformers, f"{name}Config")(**common, **shapes.get(name, {}), **{**off, **rates})
+    getattr(transformers, f"{name}ForCausalLM")(shape).save_pretrained(tmp_path)
+    field, rate = list(rates.items())[-1]
+    with pytest.raises(ModelError, match=rf"generator.*{field}={rate}"):
+        models.build(config(path=str(tmp_path)), INFO)
+    shape.update(dict.fromkeys(rates, 0.0))
+    shape.save_pretrained(tmp_path)
+    models.build(config(path=str(tmp_path)), INFO)  # the control: without a rate there is nothing to refuse

@@ -19,6 +19,7 @@ A plug-in adds a model with `MODELS["mine"] = builder`.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def build(cfg: Config, info: Mapping[str, Any]) -> nn.Module:
     else:
         raise ModelError(f"model.name={cfg.model.name}: unknown without model.path. Known: {', '.join(MODELS)}.")
     _refuse_attention_dropout(model)
+    _refuse_plain_dropout(model)
     with parameters_on_meta():
         if cfg.peft.name != "none":
             model = pretrained.adapt(model, cfg)
@@ -338,3 +340,28 @@ def _refuse_attention_dropout(model: nn.Module) -> None:
                 f"devices. Set {field} to 0 in a copy of the model's directory (`hf download ID --local-dir DIR` makes "
                 "one) and give model.path=DIR. Dropout elsewhere in the model, model.dropout and peft.dropout are kept."
             )
+
+
+def _refuse_plain_dropout(model: nn.Module) -> None:
+    """Dropout called as a function, and layers left out at random, draw from a generator, which no key reaches.
+
+    They are known by a rate that a module keeps as a number and that some method of it other than its first reads; so
+    the check is over once the model is built, and costs a step nothing.
+    """
+    for name, module in model.named_modules():
+        for field, rate in vars(module).items():
+            if "drop" in field and isinstance(rate, float) and rate > 0.0 and _reads(type(module), field):
+                known = vars(getattr(model, "config", None) or module)
+                said = [f"{key}={value}" for key, value in known.items() if "drop" in key and value]
+                raise ModelError(
+                    f"{name} is a {type(module).__name__} that drops by {field}={rate} from the device's generator, so it "
+                    "would differ between micro-batches, ranks and devices. Set its rates to 0 in config.json, in a copy "
+                    "of the model's directory (`hf download ID --local-dir DIR` makes one), and give model.path=DIR. It "
+                    f"has: {', '.join(said)}. peft.dropout is kept."
+                )
+
+
+def _reads(kind: type, field: str) -> bool:
+    methods = [vars(base)[n] for base in kind.__mro__ if base.__module__ != nn.Module.__module__ for n in vars(base)]
+    codes = [getattr(inspect.unwrap(m), "__code__", None) for m in methods if callable(m)]
+    return any(code is not None and code.co_name != "__init__" and field in code.co_names for code in codes)
