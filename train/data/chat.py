@@ -17,6 +17,7 @@ On disk lie documents, not rows, so one prepared directory serves every `data.se
 from __future__ import annotations
 
 import ast
+import datetime
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -32,11 +33,22 @@ if TYPE_CHECKING:
     from train.config import Config
     from train.data import Dataset
 
-FORMAT = 1
+FORMAT = 2
 IGNORE = -100
 """Label that carries no loss."""
 
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_LOST = (
+    "tools",
+    "functions",
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+_TODAY = datetime.date(2026, 1, 1)  # of templates that say it: the same chats are the same tokens on every day
 _BATCH = 256  # chats tokenised together
 Messages = list[dict[str, str]]
 
@@ -67,12 +79,17 @@ def prepare(cfg: Config, say: Callable[[str], None]) -> Prepared:
     train, val = _rows(prepared, cfg)
     prepared.info["train_samples"], prepared.info["val_samples"] = [len(rows) for rows in train], len(val)
     long = sum(rows.too_long for rows in [*train, val])
+    fill = min(rows.fill for rows in train)
+    say(
+        f"{sum(map(len, train)):,} rows of {cfg.data.seq_len:,} positions to train on, {fill:.1%} of them filled; "
+        f"held out: {len(val):,}"
+    )
     if long:
         say(
             f"{long:,} chats are longer than data.seq_len={data.seq_len} tokens and left out; a longer data.seq_len keeps them"
         )
     prepared.info["too_long"] = long
-    prepared.info["fill"] = round(min(rows.fill for rows in train), 4)
+    prepared.info["fill"] = round(fill, 4)
     return prepared
 
 
@@ -232,25 +249,18 @@ def _build(new: Path, sources: list[Source], held_out: Source | None, origin: to
     size = sum(path.stat().st_size for source in sources for _, path in source.files)
     speller = tokenizer.make(origin, new, texts, size, cfg)
     template = Template(new)
-    # Unlike in plain text, the words of a template that spell special tokens are special tokens.
-    speller.backend.encode_special_tokens = False
     names = [*(f"train-{n}" for n in range(len(sources))), "val"]
     writers = [_Writer(new / name) for name in names]
     waiting: list[tuple[int, str, list[tuple[int, int]], Record]] = []
 
     def flush() -> None:
-        encoded = speller.backend.encode_batch([text for _, text, _, _ in waiting], add_special_tokens=False)
-        for (number, _, spans, record), found in zip(waiting, encoded):
-            begins = np.array([offset[0] for offset in found.offsets], np.int64)
-            ends = np.array([offset[1] for offset in found.offsets], np.int64)
-            carry = np.zeros(len(found.ids), np.uint8)
-            for begin, end in spans:
-                carry[(begins >= begin) & (ends <= end) & (ends > begins)] = 1
-            if len(found.ids) < 2 or not carry[1:].any():
+        found = encode(speller, [(text, spans) for _, text, spans, _ in waiting])
+        for (number, _, _, record), (ids, carry) in zip(waiting, found):
+            if len(ids) < 2 or not carry[1:].any():
                 quarantine.bad(record.file, record.line, "no word of an assistant in it carries loss")
                 continue
             quarantine.good()
-            writers[number].add(np.array(found.ids, np.uint32), carry)
+            writers[number].add(ids, carry)
         waiting.clear()
 
     for number, messages, record in read(quarantine.bad):
@@ -286,22 +296,44 @@ def _build(new: Path, sources: list[Source], held_out: Source | None, origin: to
     (new / "prepared.json").write_text(json.dumps(found, indent=1))
 
 
-def messages_of(row: Any) -> Messages:
+def encode(
+    speller: tokenizer.Tokenizer, chats: list[tuple[str, list[tuple[int, int]]]]
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each chat as `Template` renders it the tokens, uint32 [n], and which of them carry loss, uint8 [n]."""
+    # Unlike in plain text, the words of a template that spell special tokens are special tokens.
+    speller.backend.encode_special_tokens = False
+    made = []
+    for (_, spans), found in zip(chats, speller.backend.encode_batch([c[0] for c in chats], add_special_tokens=False)):
+        begins, ends = np.array(found.offsets, np.int64).reshape(-1, 2).T
+        carry = np.zeros(len(found.ids), np.uint8)
+        for begin, end in spans:
+            carry[(begins >= begin) & (ends <= end) & (ends > begins)] = 1
+        made.append((np.array(found.ids, np.uint32), carry))
+    return made
+
+
+def messages_of(row: Any, *, answered: bool = True) -> Messages:
     """The messages of a row: `messages`, ShareGPT's `conversations`, or `prompt` and `completion`.
 
-    Raises ValueError that says what the row has instead.
+    Raises ValueError that says what the row has instead, or what of it would be lost: only words are trained on.
     """
     if not isinstance(row, dict):
         raise ValueError("not a row with fields")
+    _refuse_lost(row)
     if "messages" in row or "conversations" in row:
         name = "messages" if "messages" in row else "conversations"
         turns = row[name]
         if not isinstance(turns, list) or not turns:
             raise ValueError(f"{name} is not a list of turns")
-        found = []
+        found = (
+            [{"role": "system", "content": row["system"]}]
+            if isinstance(row.get("system"), str) and row["system"]
+            else []
+        )
         for turn in turns:
             if not isinstance(turn, dict):
                 raise ValueError(f"a turn of {name} is a {type(turn).__name__}, not an object")
+            _refuse_lost(turn)
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if not isinstance(role, str) or not isinstance(content, str):
                 raise ValueError(f"a turn of {name} has the fields {', '.join(turn)}; a role and a text are needed")
@@ -317,13 +349,19 @@ def messages_of(row: Any) -> Messages:
         raise ValueError(
             f"no messages, no conversations, no prompt and completion; its fields are {', '.join(map(str, row)) or 'none'}"
         )
-    if not any(m["role"] == "assistant" for m in found):
+    if answered and not any(m["role"] == "assistant" for m in found):
         raise ValueError(f"nobody answers: the roles are {', '.join(m['role'] for m in found)}")
     return found
 
 
+def _refuse_lost(fields: dict[str, Any]) -> None:
+    if lost := [name for name in _LOST if fields.get(name) not in (None, "", [], {}, "[]")]:
+        raise ValueError(f"{', '.join(lost)} would be lost: only a role and a text are trained on")
+
+
 class Template:
-    """A chat template, and which characters of a rendered chat the assistant says."""
+    """A chat template, and which characters of a rendered chat the assistant says. Where it says today's date, that is
+    1 January 2026 on every day."""
 
     def __init__(self, directory: Path) -> None:
         """directory: a tokenizer's. Raises DataError when it has no template."""
@@ -334,6 +372,9 @@ class Template:
             source = next((t["template"] for t in source if t.get("name") == "default"), None)
         if not isinstance(source, str):
             raise DataError("This tokenizer has no chat template. Give one: data.chat_template=FILE.")
+        if "strftime_now" in source:  # today's date would be other tokens tomorrow
+            day = "".join(f"|replace('%{c}', '{_TODAY.strftime(f'%{c}')}')" for c in "aAbBdejmyYHIMSpFDT")
+            source = f"{{%- macro strftime_now(format) -%}}{{{{ format{day} }}}}{{%- endmacro -%}}{source}"
         self.source = source
         self.words = tokenizer.special_tokens(directory)
         self.marked = "generation" in source and "endgeneration" in source
@@ -358,6 +399,10 @@ class Template:
                 )
             spans.append((len(before), len(after)))
         return whole, spans
+
+    def prompt(self, messages: Messages) -> str:
+        """The chat up to where the assistant answers. Raises ValueError."""
+        return self._render(messages, prompt=True)[0]
 
     def _render(self, messages: Messages, *, prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils import chat_template_utils
