@@ -51,7 +51,7 @@ smollm2: $(VENV)/.installed $(VENV)/.smollm2
 
 #: train         the default experiment; a finished run shows its result at once
 train: install
-	@$(BIN)/python -m train --result $(ARGS) || $(BIN)/accelerate launch -m train $(ARGS)
+	@$(BIN)/python -m train --result $(ARGS) || { test $$? -eq 1 && $(BIN)/accelerate launch -m train $(ARGS); }
 
 #: test          every test but the slow matrices, and those that need a GPU or Slurm
 test: install-dev

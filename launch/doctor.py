@@ -160,7 +160,7 @@ def _devices() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(index)
         free, total = torch.cuda.mem_get_info(index)
-        bf16 = "bf16" if card.major >= 8 else "no bf16: train.precision=fp32 or fp16"
+        bf16 = "bf16" if card.major >= 8 else "no bf16: train.precision=fp32"
         busy = total - free > 0.1 * total
         text = f"{card.name}, {total / 2**30:.1f} GiB, {free / 2**30:.1f} free, sm_{card.major}{card.minor}, {bf16}"
         yield Check(f"gpu {index}", not busy, text, "another process uses it: nvidia-smi shows which" if busy else "")

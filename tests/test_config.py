@@ -237,6 +237,7 @@ TOGETHER = {
     "numerics=exact strategy.compile=true": "need strategy.compile=false",
     "numerics=exact strategy.fused_optimizer=true": "need strategy.fused_optimizer=null",
     "train.precision=fp16 hardware=cpu": "a CPU does not train in fp16",
+    "train.precision=fp16 hardware=gpu_8gb": "needs a loss scale",
     "strategy=ddp strategy.offload=cpu": "needs strategy=zero2 or zero3, not ddp",
     "strategy=zero1 strategy.offload=cpu": "needs strategy=zero2 or zero3, not zero1",
     "strategy=zero2 strategy.offload=nvme hardware.nvme_path=/n": "DeepSpeed offloads to the CPU instead",

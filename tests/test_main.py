@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests import ranks
+from train import rundir
 
 pytestmark = pytest.mark.timeout(1200)  # the first test of the file waits for all of its runs
 
 SMALL = [
     "experiment=lm_stdlib", "hardware=cpu", "train.precision=fp32", "optim.lr=1e-3", "train.max_steps=20",
     "train.global_batch_size=8", "model.num_layers=2", "data.seq_len=64", "strategy.micro_batch_size=2",
-    "strategy.persistence_threshold=0", "eval.max_samples=16", "eval.samples=0", "eval.every=null", "tracker=none",
+    "strategy.persistence_threshold=0", "eval.max_samples=7", "eval.samples=0", "eval.every=null", "tracker=none",
     "log.every=5",
 ]  # fmt: skip
 
@@ -76,7 +77,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         job("ddp-3", "strategy=ddp"), job("zero3-3", "strategy=zero3"), job("exact-3", *EXACT),
         job("moved", "strategy=zero3", "run.stop_at=16"),
     ])  # fmt: skip
-    ranks.run_jobs(1, [job("moved", "strategy=single"), job("stopped")])
+    ranks.run_jobs(4, [job("ddp-4", "strategy=ddp")])
+    ranks.run_jobs(1, [job("moved", "strategy=single"), job("stopped", "run.stop_at=7"), job("stopped")])
     ranks.run_jobs(2, [job("halved", "strategy=ddp")], setup=HALVED)
     return root
 
@@ -87,12 +89,15 @@ def reference(root: Path) -> Path:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("name", ["ddp-2", "zero2-2", "fsdp2-2", "ddp-3", "zero3-3"])
+@pytest.mark.parametrize("name", ["ddp-2", "zero2-2", "fsdp2-2", "ddp-3", "zero3-3", "ddp-4"])
 def test_any_number_of_ranks_gives_the_curve_of_one(name: str, root: Path, reference: Path) -> None:
     result = ranks.result(root / name)
     loss, norm = differences(root / name, reference)
     assert loss < 1e-5
     assert norm < 1e-3
+    assert result["eval"]["eval_loss"] == pytest.approx(
+        ranks.result(reference)["eval"]["eval_loss"], rel=1e-6
+    )  # 7 samples
     strategy, world_size = name.split("-")
     assert (result["engine"]["strategy"], result["engine"]["world_size"]) == (strategy, int(world_size))
     assert result["math_hash"] == ranks.result(reference)["math_hash"]
@@ -117,7 +122,9 @@ def test_exact_numerics_gives_the_same_bits_on_any_number_of_ranks(root: Path) -
 def test_a_stopped_run_goes_on_bit_for_bit(root: Path, reference: Path) -> None:
     first, last = json.loads((root / "stopped-first.json").read_text()), ranks.result(root / "stopped")
     assert (first["status"], first["reason"], first["steps"]) == ("stopped", "run.stop_at=7", 7)
-    assert (last["status"], last["attempt"], last["samples"]) == ("finished", 2, 160)
+    assert (last["status"], last["attempt"], last["samples"]) == ("finished", 3, 160)
+    ends = [e["step"] for e in rundir.read_jsonl(root / "stopped" / "events.jsonl") if e["kind"] in ("stop", "end")]
+    assert ends == [7, 7, 20]  # a stop that is due already costs no step
     assert last["state_hash"] == ranks.result(reference)["state_hash"]
     assert [r["loss_hex"] for r in ranks.metrics(root / "stopped")] == [r["loss_hex"] for r in ranks.metrics(reference)]
 
@@ -190,7 +197,7 @@ def test_a_finished_run_shows_its_result_again_without_torch(reference: Path) ->
 
 
 def test_the_ledger_accounts_for_every_sample(root: Path, reference: Path) -> None:
-    from train import ledger, order, rundir
+    from train import ledger, order
 
     records = rundir.read_jsonl(reference / "ledger.jsonl")
     samples = json.loads((reference / "math.json").read_text())

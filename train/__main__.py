@@ -53,6 +53,11 @@ def main(argv: list[str]) -> int:
     if flags & {"-m", "--multirun"}:
         return multirun(argv)
 
+    if (step := options.get("--step", "last")) not in ("best", "last") and not step.isdigit():
+        return complain([f"--step {step}: must be best, last or the number of a saved step."])
+    if empty := [name for name, value in options.items() if not value]:
+        return complain([f"{empty[0]} needs a value. See python -m train --help."])
+
     from train import config, describe
 
     plugin = options.get("--plugin") or os.environ.get("GEARSHIFT_PLUGIN")
@@ -76,7 +81,7 @@ def main(argv: list[str]) -> int:
 
     stop.catch_early()
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # after a death: on from where it was
-    return run(cfg, "last" if again else options.get("--step") or "last", accept="--accept" in flags)
+    return run(cfg, "last" if again else step, accept="--accept" in flags)
 
 
 def run(cfg: Config, step: str, *, accept: bool) -> int:
@@ -112,7 +117,7 @@ def show_if_finished(cfg: Config) -> int:
     from train import config, data, describe, rundir
 
     try:
-        prepared = data.prepare(cfg, lambda _: None)
+        prepared = data.prepare(cfg, lambda text: print(text, flush=True))
         found = rundir.resolve(cfg, config.math_hash(cfg, prepared.fingerprints))
         if (found.result() or {}).get("status") != "finished":
             return 1

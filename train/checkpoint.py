@@ -514,7 +514,8 @@ def load(strategy: Strategy, reader: Reader) -> None:
         raise CheckpointError(
             f"{reader.path} is of another model. Missing: {missing[:5]}; not in this model: {extra[:5]}; other shape: {differ[:5]}"
         )
-    strategy.load(lambda n, k, s, c: torch.from_numpy(reader.read(n, k, s, c)), reader.step, reader.kinds)
+    updates = reader.manifest["counters"].get("updates", reader.step)  # a skipped step is none
+    strategy.load(lambda n, k, s, c: torch.from_numpy(reader.read(n, k, s, c)), updates, reader.kinds)
 
 
 # --------------------------------------------------------------------------------------------------------------------

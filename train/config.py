@@ -303,7 +303,7 @@ class TrainConfig:
     max_steps: Count | None = None
     """Duration in optimizer steps."""
     max_epochs: Positive | None = None
-    """Duration in passes over the training data."""
+    """Duration in passes over the training data; with `data.sources`, over the first of them."""
     max_tokens: Positive | None = None
     """Duration in tokens (rows x `data.seq_len`)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -633,6 +633,8 @@ def _layout(cfg: Config) -> Iterator[str]:
             yield f"{exact} need strategy.fused_optimizer=null or false."
     if precision == "fp16" and cfg.hardware.device == "cpu":
         yield "train.precision=fp16: a CPU does not train in fp16; set train.precision=bf16 or fp32."
+    elif precision == "fp16":
+        yield "train.precision=fp16: needs a loss scale, which is not there yet; set train.precision=bf16 or fp32."
     if s.offload == "cpu" and name not in ("zero2", "zero3"):
         yield f"strategy.offload=cpu: needs strategy=zero2 or zero3, not {name}."
     if s.offload == "nvme" and name != "zero3":

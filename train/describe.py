@@ -68,7 +68,11 @@ def show_result(run: RunDir) -> str:
         row(name, value, f"  (predicted {predicted[name]:,.4g})" if predicted.get(name) else "")
     row("run directory", _shown(run.path))
     offline = sorted(run.path.glob("wandb/offline-run-*"))
-    row("W&B, offline", f"wandb sync {_shown(offline[-1])}" if offline else None)
+    if offline:  # one a W&B run for each attempt
+        row(
+            "W&B, offline",
+            f"wandb sync {_shown(offline[0] if len(offline) == 1 else run.path / 'wandb' / 'offline-run-*')}",
+        )
     if samples := sorted(run.samples.glob("step-*")):
         row("samples", _shown(samples[-1]))
     if result.get("sample"):

@@ -9,6 +9,7 @@ Does not own: the run in between (`main.py`), the files themselves (`rundir.py`)
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 from contextlib import suppress
@@ -221,15 +222,58 @@ def _clear_stale_requests(run: RunDir) -> None:
 
 def counters() -> dict[str, Any]:
     """What a run counts besides its step; saved with every checkpoint, so plain JSON numbers."""
-    return {"samples": 0, "targets": 0, "skipped": 0, "wall_s": 0.0, "best": None, "best_step": None, "bad_evals": 0}
+    return {
+        "samples": 0,
+        "targets": 0,
+        "updates": 0,
+        "skipped": 0,
+        "wall_s": 0.0,
+        "best": None,
+        "best_step": None,
+        "bad_evals": 0,
+    }
+
+
+def objective(cfg: Config, task: Any) -> str:
+    """The metric that is judged. Raises ConfigError before anything is trained if the task does not give it."""
+    metric = cfg.eval.metric or task.objective
+    if metric not in task.directions:
+        known = ", ".join(task.directions)
+        raise config.ConfigError(
+            [f"eval.metric={metric}: {cfg.task.name} measures {known} here; set eval.metric to one of them."]
+        )
+    return metric
+
+
+def due(wish: str | None, counters: dict[str, Any], cfg: Config, procs: Processes) -> str | None:
+    """Why a run that goes on from a checkpoint need not make a step. Collective. wish: of this rank."""
+    if cfg.eval.patience is not None and counters["bad_evals"] >= cfg.eval.patience:
+        return f"eval.patience={cfg.eval.patience}"
+    return next((reason for reason in procs.gather(wish) if reason is not None), None)
+
+
+def count_skipped(cfg: Config, counters: dict[str, Any], grad_norm: float | None) -> None:
+    """Note a step's gradient norm: None, or not finite, is a step that was skipped. Raises NonFinite above the cap.
+
+    A norm that is not finite comes from a fused update, which skips on the device: the loop counted that as one.
+    """
+    from train.strategy import NonFinite
+
+    if grad_norm is not None and math.isfinite(grad_norm):
+        counters["skipped"] = 0
+        return
+    counters["updates"] -= grad_norm is not None
+    counters["skipped"] += 1
+    if counters["skipped"] > cfg.train.nonfinite_cap:
+        raise NonFinite(f"{counters['skipped']} steps in a row (train.nonfinite_cap={cfg.train.nonfinite_cap})")
 
 
 def judge(counters: dict[str, Any], value: float | None, step: int, *, higher: bool) -> bool:
     """Note an evaluation's objective; whether it is the best so far."""
-    if value is None:
-        return False
     best = counters["best"]
-    improved = best is None or (value > best if higher else value < best)
+    improved = (
+        value is not None and math.isfinite(value) and (best is None or (value > best if higher else value < best))
+    )
     if improved:
         counters.update(best=value, best_step=step, bad_evals=0)
     else:

@@ -39,7 +39,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
 
     # ------------------------------------------------------------------------------------------------- Task and model
     task = tasks.TASKS[cfg.task.name](cfg, prepared)
-    metric = cfg.eval.metric or task.objective
+    metric = lifecycle.objective(cfg, task)
     with models.parameters_on_meta():  # nothing is allocated until the strategy says where; a plug-in's model included
         model = task.build_model()
 
@@ -47,7 +47,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     train_sets, val_set = data.open_datasets(prepared, cfg)
     samples_per_step = cfg.train.global_batch_size
     sequence = order.Order([len(d) for d in train_sets], data.weights(cfg), samples_per_step, cfg.seed)
-    total_steps = optim.total_steps(cfg, len(train_sets[0]))
+    total_steps = optim.total_steps(cfg, len(train_sets[0]) / data.weights(cfg)[0] * sum(data.weights(cfg)))
 
     # --------------------------------------------------------------------------------------- Strategy and optimizer
     engine = strategy.build(cfg, procs, cfg.train.precision)
@@ -92,9 +92,18 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 task.sample(engine.model, step, run.samples / f"step-{step:08d}" if procs.is_main else None)
         return found
 
+    def watched() -> None:
+        """Fetch and write what was recorded, and look at it for steps that were not finite."""
+        for row in meter.flush():
+            tracker.log(row)
+            engine.judge(row["grad_norm"])
+            lifecycle.count_skipped(cfg, counters, row["grad_norm"])
+
     # ------------------------------------------------------------------------------------------------------------ Loop
     evaluation: dict[str, float] = {}
-    reason: str | None = None
+    reason = (
+        lifecycle.due(stop.reason(step), counters, cfg, procs) if saved is not None else None
+    )  # already, at no step's cost
     while step < total_steps and reason is None:
         step, clock = step + 1, time.perf_counter()
         watch.mark(step, "reading data")
@@ -116,19 +125,22 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 loss_sum, _ = task.loss(engine.model, batch)
                 watch.mark(step, "backward")
                 if i == 0:
-                    loader.read_ahead(step)  # the next step's samples, while the backward pass runs without the interpreter
+                    loader.read_ahead(
+                        step
+                    )  # the next step's samples, while the backward pass runs without the interpreter
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
                 engine.backward(loss_sum * (engine.scale / max(targets, 1)))
         watch.mark(step, "update")
         lr = optim.lr(cfg, step, total_steps)
-        grad_norm = engine.step(lr)  # None: not finite on some rank, skipped on all
+        try:
+            grad_norm = engine.step(lr)  # None: not finite on some rank, skipped on all
+        except strategy.NonFinite:
+            watched()  # the steps that led there
+            raise
 
         counters["samples"] += samples
         counters["targets"] += targets
-        counters["skipped"] = 0 if grad_norm is not None else counters["skipped"] + 1
-        if counters["skipped"] > cfg.train.nonfinite_cap:
-            cap = cfg.train.nonfinite_cap
-            raise strategy.NonFinite(f"{counters['skipped']} steps in a row (train.nonfinite_cap={cap})")
+        counters["updates"] += grad_norm is not None
         meter.record(step, engine.take_loss(), grad_norm, lr, samples=samples, step_s=time.perf_counter() - clock,
                      data_wait_s=loader.wait_s)  # fmt: skip
         if procs.is_main:
@@ -150,14 +162,13 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         due = cfg.checkpoint.every and step % cfg.checkpoint.every == 0
         save = last or reason or due or saving or (improved and cfg.checkpoint.keep_best)
         if save or step % cfg.log.every == 0:  # before a save: no resume begins above a step that has no line
-            for row in meter.flush():
-                engine.judge(row["grad_norm"])
-                tracker.log(row)
+            watched()
         if save:
             watch.mark(step, "saving")
             counters["wall_s"] = before + time.monotonic() - started
             saver.save(step, counters)
-            stop.save_done()
+            if saving and procs.is_main:
+                stop.save_done()
         saver.report(cfg.checkpoint.on_error)
         if last:
             break

@@ -64,12 +64,12 @@ def lr(cfg: Config, step: int, total: int) -> float:
     return o.lr * factor
 
 
-def total_steps(cfg: Config, train_samples: int) -> int:
-    """The one duration that is set, in steps. train_samples: samples of one epoch (the first source's, with several)."""
+def total_steps(cfg: Config, epoch_samples: float) -> int:
+    """The one duration that is set, in steps. epoch_samples: that go by in one pass over the first source."""
     t = cfg.train
     if t.max_steps is not None:
         return t.max_steps
     if t.max_tokens is not None:
         return math.ceil(t.max_tokens / (t.global_batch_size * cfg.data.seq_len))
     assert t.max_epochs is not None  # config.validate: exactly one duration
-    return math.ceil(t.max_epochs * train_samples / t.global_batch_size)
+    return math.ceil(t.max_epochs * epoch_samples / t.global_batch_size)

@@ -67,7 +67,7 @@ class Stop:
         return None
 
     def save_wanted(self) -> bool:
-        """A SAVE file asks for a checkpoint without stopping; `save_done` takes it away."""
+        """A SAVE file asks for a checkpoint without stopping; once it was agreed on and served, `save_done` takes it away."""
         return self.save_file.exists()
 
     def save_done(self) -> None:

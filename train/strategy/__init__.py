@@ -451,7 +451,7 @@ class Strategy:
             if state.get(kind) is None:
                 state[kind] = torch.zeros_like(p)
         if self.cfg.optim.name == "adamw" and "step" not in state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=p.device if self.optimizer.defaults.get("fused") else "cpu")
         return state
 
     def owned(self) -> Iterator[tuple[str, str, int, Tensor]]:
@@ -498,7 +498,7 @@ class Strategy:
         for p in self.trainable().values():
             count = self.optimizer.state[p].get("step")
             if count is not None:
-                self.optimizer.state[p]["step"] = step if isinstance(count, int) else torch.tensor(float(step))
+                self.optimizer.state[p]["step"] = step if isinstance(count, int) else count.fill_(float(step))
 
     def forget(self) -> None:
         """Undo a step that was made at a learning rate of 0: the masters never moved; moments and counters begin anew."""
