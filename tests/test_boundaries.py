@@ -26,7 +26,7 @@ MODULES = {
 }
 SOURCES = {name: file.read_text() for name, file in MODULES.items()}
 
-CODE_LINES = 12_000  # of code: without blank lines, comments and docstrings
+CODE_LINES = 13_000  # of code: without blank lines, comments and docstrings
 MAIN_LINES = 200
 
 ARROWS = {
