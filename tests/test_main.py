@@ -196,23 +196,14 @@ def test_a_finished_run_shows_its_result_again_without_torch(reference: Path) ->
     assert done.stderr.strip().endswith("False")
 
 
-def test_the_ledger_accounts_for_every_sample(root: Path, reference: Path) -> None:
-    from train import ledger, order
+def test_the_ledger_accounts_for_every_sample(root: Path) -> None:
+    from train import ledger
 
-    records = rundir.read_jsonl(reference / "ledger.jsonl")
-    samples = json.loads((reference / "math.json").read_text())
-    size = next(iter(_train_sizes(samples)))
-    sequence = order.Order([size], [1.0], 8, 0)
-    assert ledger.check(records, {}, sequence, 20) == []
-    tampered = [dict(r) for r in records]
-    tampered[4]["digest"] += 1
-    assert ledger.check(tampered, {}, sequence, 20) == [
-        "step 5: other samples went into the model than the order gives to it"
-    ]
-
-
-def _train_sizes(identity: dict) -> list[int]:
-    from train import config, data
-
-    cfg = config.compose(SMALL)
-    return data.prepare(cfg, lambda _: None).info["train_samples"]
+    for name in (
+        "single-1",
+        "ddp-3",
+        "moved",
+        "stopped",
+    ):  # one attempt, ranks that do not divide, four sizes, three stops
+        proof = ledger.verify(rundir.RunDir(root / name))
+        assert (proof["problems"], proof["positions"]) == ([], 160)
