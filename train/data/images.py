@@ -502,12 +502,14 @@ def checkpoint(cfg: Config) -> dict[str, Any]:
     if not directory.is_dir():
         from huggingface_hub import errors, hf_hub_download
 
+        name, revision = hub.parse(cfg.model.path) or (cfg.model.path, None)
+        commit = hub.commit("model", name, revision or cfg.model.revision, cache.cache_root(cfg))
         try:
-            file = Path(hf_hub_download(cfg.model.path, file.name, revision=cfg.model.revision))
+            file = Path(hf_hub_download(name, file.name, revision=commit))
         except Exception as error:
             if isinstance(error, errors.EntryNotFoundError) and not isinstance(error, errors.LocalEntryNotFoundError):
                 return {"channels": 3}
-            raise hub.explain(error, "model", cfg.model.path, cfg.model.revision) from None
+            raise hub.explain(error, "model", name, commit) from None
     said = json.loads(file.read_text()) if file.is_file() else {}
     mean, std = (said.get("image_mean"), said.get("image_std")) if said.get("do_normalize", True) else (0.0, 1.0)
     if mean is None or std is None:
