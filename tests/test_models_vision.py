@@ -13,7 +13,7 @@ from torch import nn
 from train import models
 from train.config import Config
 from train.data import images
-from train.models import vision
+from train.models import ModelError, vision
 
 INFO = {"num_classes": 5, "channels": 3, "vocab_size": 0}
 
@@ -69,6 +69,16 @@ def test_batch_norm_would_see_other_samples() -> None:
     torch.testing.assert_close(frozen(batch["image"])[:1], frozen(batch["image"][:1]))
     assert all(torch.equal(buffer, before[name]) for name, buffer in frozen.named_buffers())
     assert {name for name, _ in frozen.named_parameters()} == {"0.weight", "0.bias", "1.weight", "1.bias"}
+
+
+@pytest.mark.parametrize(("kind", "shape"), [(nn.BatchNorm1d, (4, 5)), (nn.BatchNorm3d, (4, 5, 2, 2, 2))])
+def test_batch_norm_of_any_dimension_stands_still(kind: type[nn.Module], shape: tuple[int, ...]) -> None:
+    x, norm = torch.randn(shape), nn.Sequential(kind(5))
+    assert not torch.allclose(norm(x)[:2], norm(x[:2]), atol=1e-3)
+    frozen = vision.stand_alone(norm)
+    torch.testing.assert_close(frozen(x)[:2], frozen(x[:2]))
+    with pytest.raises(ModelError, match="without statistics"):
+        vision.stand_alone(nn.Sequential(nn.BatchNorm1d(5, track_running_stats=False)))
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (17, 23), (5, 9)])
@@ -142,6 +152,37 @@ def test_a_checkpoint_trains_like_our_own(checkpoints: dict[str, Path], name: st
         torch.testing.assert_close(model.eval()(batch["image"]).logits, other(batch["image"]).logits)
     else:
         assert together.shape[1] == 5, "another number of classes gets a new head"
+
+
+def test_what_no_logit_depends_on_is_named_and_stays(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import transformers as hf
+
+    stages = {"hidden_sizes": [8] * 4, "depths": [1] * 4, "layer_type": "basic", "embedding_size": 8}
+    resnet = hf.ResNetConfig(**stages, out_features=["stage1", "stage2", "stage3", "stage4"])
+    small = {"auxiliary_channels": 8, "auxiliary_in_channels": 8, "hidden_size": 16}
+    upernet = hf.UperNetForSemanticSegmentation(hf.UperNetConfig(backbone_config=resnet, **small))
+    assert vision.idle(upernet, 3, 32), "the control: its second head gets no gradient"
+    upernet.save_pretrained(tmp_path / "upernet")
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    hf.Dinov2ForImageClassification(hf.Dinov2Config(**shape)).save_pretrained(tmp_path / "dinov2")
+    for name, task, still in [("upernet", "segment", []), ("dinov2", "classify", ["dinov2.embeddings.mask_token"])]:
+        model = _model("pretrained", task, path=str(tmp_path / name))
+        model(torch.randn(2, 3, 32, 32)).logits.sum().backward()
+        assert [name for name, p in model.named_parameters() if p.grad is None] == still
+        assert [name for name, p in model.named_parameters() if not p.requires_grad] == still
+        assert all(name in caplog.text for name in still)
+
+
+def test_a_size_that_the_checkpoint_does_not_take_is_refused(checkpoints: dict[str, Path]) -> None:
+    cfg = _cfg("pretrained", "classify", path=str(checkpoints["vit"]))
+    cfg.data.image_size = 20
+    with pytest.raises(ModelError, match=r"data.image_size=20.*Set data.image_size=16"):
+        models.build(cfg, INFO)
+
+
+def test_a_kind_without_a_head_for_the_task_is_answered_with_those_that_have_one(checkpoints: dict[str, Path]) -> None:
+    with pytest.raises(ModelError, match=r"a resnet cannot be had for task=segment.*segformer"):
+        _model("pretrained", "segment", path=str(checkpoints["resnet"]))
 
 
 def test_pixels_are_normalised_as_the_checkpoint_says(checkpoints: dict[str, Path], tmp_path: Path) -> None:

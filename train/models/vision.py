@@ -12,6 +12,7 @@ layer looks across samples: normalisation is over the channels and pixels of one
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from itertools import pairwise
@@ -19,9 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from train.models import KeyedDropout
+from train.models import KeyedDropout, ModelError
 
 if TYPE_CHECKING:
     from train.config import Config, ModelConfig
@@ -50,19 +58,51 @@ def stand_alone(model: nn.Module) -> nn.Module:
     stochastic depth drops the branches that the sample's key says. Names of parameters do not change.
     """
     for name, module in list(model.named_modules()):
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = FrozenBatchNorm2d  # in place: parameters, buffers and their names stay what they are
+        if isinstance(module, _BatchNorm):
+            if module.running_mean is None or type(module).__module__ != _BatchNorm.__module__:
+                raise ModelError(
+                    f"{name} is a {type(module).__name__} without statistics of its own to stand on, so every sample would "
+                    "depend on the batch it is in. Give a model with nn.BatchNorm, or without norms over samples."
+                )
+            module.__class__ = FrozenBatchNorm  # in place: parameters, buffers and their names stay what they are
         elif type(module).__name__.endswith("DropPath"):
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._modules[leaf] = KeyedDropout(float(module.drop_prob or 0.0), axes=1)
     return model
 
 
-class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm on its running statistics in training too, so that no sample sees another."""
+class FrozenBatchNorm(_BatchNorm):
+    """BatchNorm on its running statistics in training too, so that no sample sees another; over any dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def idle(model: nn.Module, channels: int, size: int) -> list[str]:
+    """The trained parameters that no logit depends on, by a step over fake tensors. Nothing is computed or allocated.
+
+    Such a parameter gets no gradient, and ranks that reduce gradients would wait for it. Raises ModelError for a model
+    that does not take pictures of `size` x `size` pixels.
+    """
+    copied = copy.deepcopy(model).eval()  # some keep what they computed last
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors}
+        trained = [state[name].requires_grad_() for name in names]
+        try:
+            out: Any = torch.func.functional_call(copied, state, (torch.empty(1, channels, size, size),))
+        except (UnsupportedFakeTensorException, DynamicOutputShapeException, DataDependentOutputException):
+            return []  # its operators depend on values: only a real step can tell
+        except (ValueError, RuntimeError) as error:
+            own = getattr(getattr(model, "config", None), "image_size", None)
+            hint = f" Set data.image_size={own}." if isinstance(own, int) and own != size else ""
+            raise ModelError(
+                f"data.image_size={size}: this {type(model).__name__} does not take such pictures: {error}{hint}"
+            ) from error
+        logits = out if isinstance(out, Tensor) else out.logits
+        gradients = torch.autograd.grad(logits.sum(), trained, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
 
 
 # ---- U-Net -----------------------------------------------------------------------------------------------------------
