@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from train import models
 from train.config import Config
-from train.models import ModelError
+from train.models import ModelError, pretrained
 
 INFO = {"vocab_size": 120}
 
@@ -72,6 +72,31 @@ def logits(model: nn.Module) -> Tensor:
     ids = torch.arange(48).view(2, 24) % 128
     with torch.no_grad():
         return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+def test_only_the_weights_that_the_index_lists_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shards: str
+) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    llama(tmp_path / "hub", shards=shards)
+    for double in ("consolidated.safetensors", "onnx/model.safetensors", "onnx/config.json"):
+        (tmp_path / "hub" / double).parent.mkdir(exist_ok=True)
+        (tmp_path / "hub" / double).write_bytes(b"many bytes")
+    there = [path.relative_to(tmp_path / "hub").as_posix() for path in (tmp_path / "hub").rglob("*.*")]
+    fetched, commit = set[str](), "0" * 40
+
+    def snapshot_download(name: str, *, revision: str, **patterns: list[str]) -> str:
+        assert (name, revision) == ("some/llama", commit)
+        fetched.update(filter_repo_objects(there, **patterns))
+        return str(tmp_path / "hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert pretrained.locate(config(Path(f"some/llama@{commit}"))) == tmp_path / "hub"
+    assert fetched == {name for name in there if "onnx" not in name and "consolidated" not in name}
+    assert sum(name.endswith(".safetensors") for name in fetched) > (1 if shards == "20KB" else 0)
 
 
 @pytest.mark.parametrize("tie", [True, False])

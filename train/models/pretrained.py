@@ -40,6 +40,7 @@ AUTO = {
 }
 """Task -> transformers' class for it; other tasks get `AutoModel`."""
 
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -62,6 +63,15 @@ def build(cfg: Config, info: Mapping[str, Any]) -> Any:
     _check_language_model(model, cfg, info)
     model.fresh = {name for name, _ in model.named_parameters()} - set(weights.shapes)
     model.starting_weights = lambda name: weights.read(name).float() if name in weights.shapes else None
+    model.idle = []
+    if cfg.task.name in ("classify", "segment"):
+        from train.models import vision
+
+        model.idle = vision.idle(model, info["channels"], cfg.data.image_size)
+        for name in model.idle:
+            model.get_parameter(name).requires_grad_(False)
+            model.fresh.discard(name)
+            log.warning("stays as it is, because no logit depends on it: %s", name)
     return model
 
 
@@ -89,7 +99,7 @@ def adapt(model: Any, cfg: Config) -> Any:
                 lora_alpha=config.alpha,  # type: ignore[arg-type]  # it divides by r, nothing else
                 lora_dropout=config.dropout,
                 target_modules=targets,
-                exclude_modules=sorted({name.rpartition(".")[0] for name in fresh}) or None,
+                exclude_modules=sorted({name.rpartition(".")[0] for name in (*fresh, *model.idle)}) or None,
                 task_type="CAUSAL_LM" if cfg.task.name == "causal_lm" else None,
             ),
         )
@@ -128,9 +138,13 @@ def locate(cfg: Config) -> Path:
     if name is None:
         raise ModelError(f"model.path={cfg.model.path}: there is no such directory.")
     commit = hub.commit("model", name, revision or cfg.model.revision, cache.cache_root(cfg), log.info)
-    weights = [cfg.model.gguf_file] if cfg.model.gguf_file else ["*.safetensors"]
     try:
-        return Path(snapshot_download(name, revision=commit, allow_patterns=[*weights, "*.json"]))
+        # The index first, then what it lists: a repository may hold the same weights again, under other names.
+        directory = Path(snapshot_download(name, revision=commit, allow_patterns="*.json", ignore_patterns="*/*"))
+        weights = [cfg.model.gguf_file] if cfg.model.gguf_file else [file.name for file in _files(directory)]
+        return Path(snapshot_download(name, revision=commit, allow_patterns=weights))
+    except ModelError:
+        raise
     except Exception as error:
         raise hub.explain(error, "model", name, commit) from None
 
@@ -197,10 +211,17 @@ def _from_config(directory: Path, cfg: Config, info: Mapping[str, Any]) -> nn.Mo
             )
         if cfg.task.name in ("classify", "segment") and config.num_labels != info["num_classes"]:
             config.num_labels = info["num_classes"]
-        with models.parameters_on_meta():
-            model = getattr(transformers, AUTO.get(cfg.task.name, "AutoModel")).from_config(
-                config, dtype=torch.float32, trust_remote_code=False
+        if getattr(config, "use_auxiliary_head", False):
+            config.use_auxiliary_head = False  # a second answer, which only a loss of its own would train
+        auto = getattr(transformers, AUTO.get(cfg.task.name, "AutoModel"))
+        if type(config) not in auto._model_mapping:
+            kinds = ", ".join(sorted({kind.model_type for kind in auto._model_mapping}))
+            raise ModelError(
+                f"model.path={cfg.model.path}: a {config.model_type} cannot be had for task={cfg.task.name}. "
+                f"Kinds that can: {kinds}."
             )
+        with models.parameters_on_meta():
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (ValueError, OSError, ImportError) as error:  # transformers' ways to say no; its text says why
         raise ModelError(f"model.path={cfg.model.path}: transformers cannot build it: {error}") from error
     if cfg.task.name in ("classify", "segment"):
@@ -253,30 +274,32 @@ def _safetensors(directory: Path) -> Weights:
     """The tensors of a Hugging Face directory, sharded or not."""
     from safetensors import safe_open
 
-    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
-    if index.exists():
-        try:
-            files = sorted(
-                {directory / Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()}
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{index} is no index of weights ({error}). Fetch the model again.") from None
-    elif single.exists():
-        files = [single]
-    else:
+    files = _files(directory)
+    if files == [directory / _SINGLE] and not files[0].exists():
         there = ", ".join(sorted(p.name for p in directory.iterdir())[:10])
         raise ModelError(
-            f"{directory} has no model.safetensors (it has: {there}). Weights are read from safetensors only, because "
+            f"{directory} has no {_SINGLE} (it has: {there}). Weights are read from safetensors only, because "
             "other formats can execute code. Convert them, or name a GGUF file with model.gguf_file."
         )
     handles, shapes = {}, {}
     for file in files:
         if not file.exists():
-            raise ModelError(f"{file} is missing, but {index.name} lists it. Fetch the model again.")
+            raise ModelError(f"{file} is missing, but {_INDEX} lists it. Fetch the model again.")
         handle = safe_open(file, framework="pt")
         for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
             handles[name], shapes[name] = handle, tuple(handle.get_slice(name).get_shape())
     return Weights(shapes, lambda name: handles[name].get_tensor(name))
+
+
+def _files(directory: Path) -> list[Path]:
+    """The files that hold a directory's weights: those of its index, else the only one; they need not be there."""
+    index = directory / _INDEX
+    if not index.exists():
+        return [directory / _SINGLE]
+    try:
+        return sorted({directory / Path(name).name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index} is no index of weights ({error}). Fetch the model again.") from None
 
 
 def _by_transformers(directory: Path, config: Any, cfg: Config) -> Weights:
