@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -83,6 +84,51 @@ def test_prompts_are_continued_the_same_each_time(trained: Path, tmp_path: Path)
     first, second = ((tmp_path / out / "predictions.jsonl").read_text() for out in ("a", "b"))
     assert first == second
     assert [json.loads(line)["prompt"] for line in first.splitlines()] == ["def f", "class A"]
+
+
+def test_answers_are_judged_as_the_run_judges_them(trained: Path, tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "3 + 1?"}, {"role": "assistant", "content": "4"}]
+    shapes = [
+        {"messages": turns},
+        {"prompt": "3 + 1?", "completion": "4"},
+        {"messages": turns[:1]},
+        {"prompt": "3 + 1?"},
+    ]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in shapes))
+    found = predict(trained / "lora", tmp_path / "asked.jsonl", tmp_path / "out", say=lambda _: None)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
+    assert [row.get("answer") for row in rows] == ["4", "4", None, None]
+    assert len({row["continuation"] for row in rows}) == 1, "each of them asks the same"
+    run = open_trained(trained / "lora")
+    ids, carry = run.task._ids("3 + 1?", "4")  # type: ignore[attr-defined]
+    with torch.no_grad():
+        odds = run.model(input_ids=torch.tensor([ids])).logits.float().log_softmax(-1)[0]
+    wanted = [-float(odds[at - 1, ids[at]]) for at in range(1, len(ids)) if carry[at]]
+    assert len(wanted) >= 2, "the answer and its end"
+    assert found["eval_loss"] == pytest.approx(np.mean(wanted), rel=1e-4)
+
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n{"prompt": 3}\n')
+    with pytest.raises(DataError, match="line 2: the fields prompt, of which none is a prompt in words"):
+        predict(trained / "lora", tmp_path / "wrong.jsonl", tmp_path / "out", say=lambda _: None)
+    with pytest.raises(DataError, match=r"line 1: .*learned from text"):
+        predict(trained / "lm", tmp_path / "asked.jsonl", tmp_path / "out", say=lambda _: None)
+
+
+def test_an_answer_ends_where_the_base_says_that_it_ends(trained: Path) -> None:
+    """By a token that only the base's generation_config.json names."""
+    run = open_trained(trained / "alone")
+    task: Any = run.task
+    wanted, more = (task._tokenizer.encode([text])[0].tolist() for text in ("4 b", " and more"))
+    stop = next(token for token in range(task.info["vocab_size"]) if token not in (*task._ends, *wanted, *more))
+    assert task._decode([*wanted, stop, *more]) != "4 b"
+    file = Path(str(run.cfg.model.path)) / "generation_config.json"
+    before = file.read_bytes() if file.exists() else None
+    file.write_text(json.dumps({"eos_token_id": [stop]}))
+    try:
+        del task._ends
+        assert task._decode([*wanted, stop, *more]) == "4 b"
+    finally:
+        file.unlink() if before is None else file.write_bytes(before)
 
 
 def test_the_directory_is_enough(trained: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from train import models
-from train.data import DataError
+from train.data import DataError, chat
 from train.models import ModelError
 
 if TYPE_CHECKING:
@@ -96,12 +96,12 @@ class CausalLM:
 
     # ---- Text --------------------------------------------------------------------------------------------------------
 
-    def encode(self, texts: list[str]) -> Batch:
+    def encode(self, texts: Sequence[str | chat.Messages]) -> Batch:
         """Prompts as a batch for `predict`: `input_ids` int64 [B, T] filled up with 0, `length` int64 [B], `weight` 1.
 
-        A text begins a document; on chats it is what a user says, in the chat template.
+        A text begins a document; on chats it is what a user says, in the chat template. Raises DataError.
         """
-        rows = [self._chat(text) if self.cfg.data.kind == "chat" else self._text(text) for text in texts]
+        rows = [self._ids(text)[0] for text in texts]
         longest = max(len(row) for row in rows)
         return {
             "input_ids": torch.tensor([row + [0] * (longest - len(row)) for row in rows]),
@@ -115,23 +115,43 @@ class CausalLM:
 
         return Tokenizer(Path(self.info["tokenizer"]))
 
-    def _text(self, text: str) -> list[int]:
-        return [self._tokenizer.separator, *self._tokenizer.encode([text])[0].tolist()]
+    @functools.cached_property
+    def _template(self) -> chat.Template:
+        return chat.Template(Path(self.info["tokenizer"]))
 
-    def _chat(self, text: str) -> list[int]:
-        from transformers import AutoTokenizer
+    def _ids(self, prompt: str | chat.Messages, answer: str | None = None) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt with its answer, if any, and for each whether it belongs to the answer. Raises DataError."""
+        if self.cfg.data.kind != "chat":
+            begin, end = self._tokenizer.encode([str(prompt), answer or ""])
+            return [self._tokenizer.separator, *begin.tolist(), *end.tolist()], [0] * (1 + len(begin)) + [1] * len(end)
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        try:
+            if answer is None:
+                text, spans = self._template.prompt(turns), []
+            else:
+                text, spans = self._template.render([*turns, {"role": "assistant", "content": answer}])
+        except ValueError as error:
+            raise DataError(f"{str(prompt)[:200]!r} cannot be asked: {error}.") from None
+        ids, carry = chat.encode(self._tokenizer, [(text, spans[-1:])])[0]
+        return ids.tolist(), carry.tolist()
 
-        speller = AutoTokenizer.from_pretrained(self.info["tokenizer"], local_files_only=True, trust_remote_code=False)
-        turns = [{"role": "user", "content": text}]
-        return list(speller.apply_chat_template(turns, add_generation_prompt=True, return_dict=False))
+    @functools.cached_property
+    def _ends(self) -> set[int | None]:
+        """Tokens with which the model ends what it says: its tokenizer's, and those its generation_config.json names."""
+        from train.data.tokenizer import END_OF_TURN
+        from train.models import pretrained
+
+        speller = self._tokenizer
+        ends = {speller.eos, speller.separator, speller.backend.token_to_id(END_OF_TURN)}
+        file = pretrained.locate(self.cfg) / "generation_config.json" if self.cfg.model.path else None
+        if file is not None and file.is_file():
+            named = json.loads(file.read_text()).get("eos_token_id")
+            ends |= set(named if isinstance(named, list) else [named])
+        return ends
 
     def _decode(self, ids: list[int]) -> str:
         """The text of new tokens up to where the model ends it."""
-        from train.data.tokenizer import END_OF_TURN
-
-        turn = self._tokenizer.backend.token_to_id(END_OF_TURN)
-        ends = {self._tokenizer.eos, self._tokenizer.separator, turn}
-        end = next((at for at, token in enumerate(ids) if token in ends), len(ids))
+        end = next((at for at, token in enumerate(ids) if token in self._ends), len(ids))
         return self._tokenizer.decode(ids[:end])
 
     def predict(self, model: nn.Module, batch: Batch) -> list[Any]:
@@ -142,23 +162,38 @@ class CausalLM:
     def predict_files(
         self, model: nn.Module, source: Path | None, directory: Path, say: Callable[[str], None] = print
     ) -> dict[str, float]:
-        """Write `predictions.jsonl`, an object with `prompt` and `continuation` per prompt, into `directory`.
+        """Write `predictions.jsonl`, an object with `prompt` and `continuation` (and `answer`) per prompt, into `directory`.
 
-        The prompts are the lines of a text file, the fields `prompt` (or `text`) of a .jsonl, or, without a file,
-        `eval.prompt`. Continues greedily, so the same prompts give the same file. Raises DataError.
+        The prompts are the lines of a text file, the rows of a .jsonl (`prompt` or `text`; with an answer as training data
+        have it), or, without a file, `eval.prompt`. Continues greedily, so the same prompts give the same file. Returns
+        `eval_loss`, nats per token of the answers, where there are any. Raises DataError.
         """
-        prompts = _prompts(source) if source is not None else [self.cfg.eval.prompt]
+        asked = _asked(source, self.cfg.data.kind) if source is not None else [(self.cfg.eval.prompt, None)]
         device = next(model.parameters()).device
         directory.mkdir(parents=True, exist_ok=True)
         target = directory / "predictions.jsonl"
+        nats, tokens, too_long = 0.0, 0, 0
         with target.open("w", encoding="utf-8") as file:
-            for start in range(0, len(prompts), PROMPTS_AT_ONCE):
-                part = prompts[start : start + PROMPTS_AT_ONCE]
-                batch = {key: value.to(device) for key, value in self.encode(part).items()}
-                for prompt, continuation in zip(part, self.predict(model, batch)):
-                    file.write(json.dumps({"prompt": prompt, "continuation": continuation}, ensure_ascii=False) + "\n")
-        say(f"{len(prompts):,} prompts continued: {target}")
-        return {}
+            for start in range(0, len(asked), PROMPTS_AT_ONCE):
+                part = asked[start : start + PROMPTS_AT_ONCE]
+                batch = {key: value.to(device) for key, value in self.encode([prompt for prompt, _ in part]).items()}
+                for (prompt, answer), continuation in zip(part, self.predict(model, batch)):
+                    row = {"prompt": prompt, "continuation": continuation}
+                    if answer is not None:
+                        row["answer"] = answer
+                        ids, carry = self._ids(prompt, answer)
+                        too_long += len(ids) - 1 > self.cfg.data.seq_len
+                        if len(ids) - 1 <= self.cfg.data.seq_len:
+                            labels = [token if carried else IGNORED for token, carried in zip(ids, carry)]
+                            one = {"input_ids": torch.tensor([ids[:-1]]), "labels": torch.tensor([labels[1:]])}
+                            with _evaluating(model):
+                                total, count = self.loss(model, {key: value.to(device) for key, value in one.items()})
+                            nats, tokens = nats + float(total), tokens + int(count)
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        say(f"{len(asked):,} prompts continued: {target}")
+        if too_long:
+            say(f"{too_long:,} answers end after data.seq_len={self.cfg.data.seq_len} tokens and are not judged.")
+        return {"eval_loss": nats / tokens} if tokens else {}
 
     def sample(self, model: nn.Module, step: int, directory: Path | None) -> None:
         """`sample-0.txt` and so on: `eval.prompt` and its continuation, drawn by (seed, step, number)."""
@@ -201,22 +236,37 @@ class CausalLM:
         return torch.tensor([row[length:] for row, length in zip(rows, lengths)])
 
 
-def _prompts(source: Path) -> list[str]:
-    """The prompts of a file. Raises DataError."""
+def _asked(source: Path, kind: str) -> list[tuple[str | chat.Messages, str | None]]:
+    """The prompts of a file, each with the true answer where the file has it. Raises DataError."""
+    found: list[tuple[str | chat.Messages, str | None]] = []
+    number = 0
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-        if source.suffix == ".jsonl":
-            rows = [json.loads(line) for line in lines if line.strip()]
-            lines = [row["prompt"] if "prompt" in row else row["text"] for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for line in source.read_text(encoding="utf-8").split("\n"):
+            number += 1
+            if line.strip():
+                found.append(_of_row(json.loads(line), kind) if source.suffix == ".jsonl" else (line, None))
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"{source}: {type(error).__name__}: {error}. Give a text file with a prompt per line, or a .jsonl file whose "
-            "rows have a field prompt."
+            f"{source}{f', line {number}' if number else ''}: {error}. Give a text file with a prompt per line, or a .jsonl "
+            "file whose rows have a field prompt, or are chats as they are trained on."
         ) from None
-    prompts = [line for line in lines if line]
-    if not prompts:
+    if not found:
         raise DataError(f"{source} holds no prompt: a text file has one per line, a .jsonl file in the field prompt.")
-    return prompts
+    return found
+
+
+def _of_row(row: Any, kind: str) -> tuple[str | chat.Messages, str | None]:
+    """Prompt and answer of a row. Raises ValueError."""
+    if kind == "chat" and isinstance(row, dict) and {"messages", "conversations", "completion"} & row.keys():
+        turns = chat.messages_of(row, answered=False)
+        return (turns[:-1], turns[-1]["content"]) if turns[-1]["role"] == "assistant" else (turns, None)
+    prompt, answer = (
+        (row.get("prompt", row.get("text")), row.get("completion")) if isinstance(row, dict) else (row, None)
+    )
+    if not isinstance(prompt, str) or not prompt or not isinstance(answer, str | None):
+        what = f"the fields {', '.join(row)}" if isinstance(row, dict) else f"a {type(row).__name__}"
+        raise ValueError(f"{what}, of which none is a prompt in words to a model that learned from {kind}")
+    return prompt, answer
 
 
 def _inputs(batch: Batch, additive: bool) -> dict[str, Any]:
