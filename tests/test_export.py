@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests import ranks
 from train import export as exporting
 from train.export import ExportError, export
-from train.predict import open_trained
+from train.predict import open_trained, predict
 
 IDS = torch.arange(80).view(2, 40) * 3 % 250
 
@@ -111,7 +113,8 @@ def test_adapters_alone_as_peft_loads_them(trained: Path, tmp_path: Path, capsys
     import peft
 
     export(trained / "alone", tmp_path / "out")
-    assert f"vllm serve {trained}/base --enable-lora --lora-modules alone={tmp_path}/out" in capsys.readouterr().out
+    served = f"vllm serve {trained}/base --enable-lora --max-lora-rank 8 --lora-modules alone={tmp_path}/out"
+    assert served in capsys.readouterr().out
     model = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert (logits(model) - of_the_run(trained / "alone")).abs().max() < 1e-4
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -146,15 +149,39 @@ def test_networks_of_ours_with_a_loader(trained: Path, tmp_path: Path, name: str
         assert (model(image) - theirs(image)).abs().max() < (1e-4 if dtype == "fp32" else 2e-2)
 
 
-def test_the_lines_of_a_card_run(trained: Path, tmp_path: Path) -> None:
-    """As they stand, but for the places."""
-    picture = next((trained / "data" / "classes" / "left").glob("*.png"))
-    export(trained / "classes", tmp_path / "out", say=quiet)
-    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("DIR", str(tmp_path / "out")).replace("picture.png", str(picture))
+def card(directory: Path, picture: Path, answers: Path) -> str:
+    """What the lines of the card print, as they stand but for the places."""
+    code = (directory / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("DIR", str(directory)).replace("picture.png", str(picture)).replace("answers", str(answers))
     done = subprocess.run([sys.executable, "-c", code], cwd=ranks.ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() in ("['left']", "['right']")
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def odd(tmp_path: Path) -> Path:
+    """A picture of a size and a kind of its own: no square, with transparency."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 47, 4), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "odd.png")
+    return tmp_path / "odd.png"
+
+
+def test_the_lines_of_a_card_say_what_predict_says(trained: Path, tmp_path: Path, odd: Path) -> None:
+    export(trained / "classes", tmp_path / "out", say=quiet)
+    card(tmp_path / "out", odd, tmp_path / "a")
+    predict(trained / "classes", odd, tmp_path / "b", say=quiet)
+    assert (tmp_path / "a" / "classes.csv").read_text() == (tmp_path / "b" / "classes.csv").read_text()
+
+
+def test_the_lines_of_a_backbones_card_run_without_the_preprocessor_of_a_base(
+    trained: Path, tmp_path: Path, odd: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "_base_directory", lambda trained: None)
+    export(trained / "backbone", tmp_path / "out", say=quiet)
+    info = json.loads((trained / "backbone" / "data.json").read_text())["info"]
+    said = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert (said["image_mean"], said["image_std"]) == (info["mean"], info["std"])
+    assert card(tmp_path / "out", odd, tmp_path / "a") in ("['left']", "['right']")
 
 
 # ---- Wrong ones ------------------------------------------------------------------------------------------------------

@@ -25,15 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train import checkpoint, config, models, rundir
+from train import checkpoint, config, data, models, rundir, tasks
 from train.predict import Trained, open_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = 1e-4
 """Largest difference of logits, for logits up to 10; of larger ones in proportion, as fp32 has no more digits."""
 
+_SEEN_AS = ("image_size", "resize", "ignore_index")  # settings of `data` that say how a picture reaches the network
 _PROBE_TOKENS = 64
 _ANSWER_TOKENS = 32
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what its --max-lora-rank may be
 
 
 class ExportError(rundir.RunError):
@@ -106,8 +108,12 @@ def export(
         f"{receipt['compared']} to the run {receipt['max_difference']:.1e}"
     )
     if "answer" in receipt:
-        adapters = f"{trained.cfg.model.path} --enable-lora --lora-modules {trained.run.path.name}={target}"
-        say(f"serve it:  vllm serve {adapters if form == 'peft' else target}")
+        rank = next((r for r in _VLLM_RANKS if r >= trained.cfg.peft.r), trained.cfg.peft.r)
+        adapters = f"--enable-lora --max-lora-rank {rank} --lora-modules {trained.run.path.name}={target}"
+        if form == "peft" and trained.cfg.model.gguf_file:
+            say("to serve it, export again and add --merge: vllm puts no adapters on a GGUF file")
+        else:
+            say(f"serve it:  vllm serve {f'{trained.cfg.model.path} {adapters}' if form == 'peft' else target}")
     return receipt
 
 
@@ -120,18 +126,35 @@ def load(directory: str | Path) -> nn.Module:
     from huggingface_hub import load_torch_model
 
     source = Path(directory)
-    try:
-        content = json.loads((source / "config.json").read_text())
-        shape, info, size = content["model"], content["info"], content["image_size"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ExportError(f"{source}/config.json is not that of an export: {type(error).__name__}: {error}") from None
-    cfg = config.Config()
-    known = vars(cfg.model).keys() - {"path"}
-    cfg.model = replace(cfg.model, **{key: value for key, value in shape.items() if key in known})
-    cfg.data.image_size = size
+    cfg, info = _described(source)
     model = models.initialise(models.build(cfg, info), 0)
     load_torch_model(model, source, strict=True, safe=True)
     return model.float().eval()
+
+
+def predict(directory: str | Path, source: str | Path, to: str | Path) -> dict[str, float]:
+    """What `gearshift predict` writes of pictures into the directory `to`, by a network in the form `gearshift`.
+
+    `source` is a picture or a folder. Returns metrics where there are answers. Raises ExportError, ModelError, DataError.
+    """
+    cfg, info = _described(Path(directory))
+    task = tasks.TASKS[cfg.task.name](cfg, data.Prepared("images", Path(directory), {}, info))
+    return task.predict_files(load(directory), Path(source).expanduser(), Path(to))
+
+
+def _described(source: Path) -> tuple[config.Config, dict[str, Any]]:
+    """The settings and the facts about data of an export in the form `gearshift`. Raises ExportError."""
+    cfg = config.Config()
+    try:
+        content = json.loads((source / "config.json").read_text())
+        shape, info, cfg.task.name = content["model"], content["info"], content["task"]
+        for name in _SEEN_AS:
+            setattr(cfg.data, name, content["data"][name])
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(f"{source}/config.json is not that of an export: {type(error).__name__}: {error}") from None
+    known = vars(cfg.model).keys() - {"path"}
+    cfg.model = replace(cfg.model, **{key: value for key, value in shape.items() if key in known})
+    return cfg, info
 
 
 # ---- Writing ---------------------------------------------------------------------------------------------------------
@@ -192,7 +215,25 @@ def _write_transformers(model: Any, trained: Trained, target: Path, shard_size: 
         model.config.label2id = {name: index for index, name in enumerate(classes)}
         if base is not None and (base / "preprocessor_config.json").is_file():
             shutil.copyfile(base / "preprocessor_config.json", target / "preprocessor_config.json")
+        else:
+            (target / "preprocessor_config.json").write_text(rundir.to_json(_preprocessor(trained), indent=2) + "\n")
     model.save_pretrained(target, max_shard_size=shard_size)
+
+
+def _preprocessor(trained: Trained) -> dict[str, Any]:
+    """How pictures are scaled and normalised, in the words of transformers."""
+    size, info = trained.cfg.data.image_size, trained.prepared.info
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": info["mean"],
+        "image_std": info["std"],
+    }
 
 
 def _say_where_texts_end(model: Any, trained: Trained, base: Path | None) -> None:
@@ -234,8 +275,9 @@ def _write_own(model: nn.Module, trained: Trained, target: Path, shard_size: str
     shape = {
         key: value for key, value in vars(trained.cfg.model).items() if key not in ("path", "revision", "gguf_file")
     }
-    info = {k: v for k, v in trained.prepared.info.items() if k == "classes" or _is_numeric(v)}  # no paths
-    content = {"model": shape, "image_size": trained.cfg.data.image_size, "info": info}
+    info = {k: v for k, v in trained.prepared.info.items() if k in ("classes", "values") or _is_numeric(v)}  # no paths
+    seen_as = {name: getattr(trained.cfg.data, name) for name in _SEEN_AS}
+    content = {"task": trained.cfg.task.name, "model": shape, "data": seen_as, "info": info}
     (target / "config.json").write_text(rundir.to_json(content, indent=2) + "\n")
 
 
@@ -319,12 +361,17 @@ def _answer(trained: Trained, target: Path, model: Any) -> dict[str, str]:
     """A prompt and what the loaded model says to it, by the tokenizer that was exported."""
     from transformers import AutoTokenizer
 
+    from train.data.chat import Template
+
     speller = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
     prompt = trained.cfg.eval.prompt
     expected = trained.task.encode([prompt])["input_ids"][0].tolist()  # type: ignore[attr-defined]
     if trained.cfg.data.kind == "chat":
         ids = speller.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+            [{"role": "user", "content": prompt}],
+            chat_template=Template(target).source,
+            add_generation_prompt=True,
+            return_dict=False,
         )
     else:
         ids = [expected[0], *speller.encode(prompt, add_special_tokens=False)]
@@ -356,16 +403,20 @@ tokenizer = AutoTokenizer.from_pretrained("DIR")""",
 from transformers import {auto}
 
 model = PeftModel.from_pretrained({auto}.from_pretrained({base}), "DIR")""",
-    "gearshift": """# in a checkout of Gearshift (`pip install -e .`)
-import json, numpy, torch
+    "pictures": """import torch
 from PIL import Image
-from train.export import load
+from transformers import {auto}, AutoImageProcessor
 
-model, info = load("DIR"), json.load(open("DIR/config.json"))["info"]
-image = Image.open("picture.png").convert("{mode}"){resize}
-pixels = torch.tensor(numpy.asarray(image) / 255, dtype=torch.float32).view(image.height, image.width, -1)
-image = ((pixels - torch.tensor(info["mean"])) / torch.tensor(info["std"])).permute(2, 0, 1)[None]
-print([info["classes"][i] for i in model(image).argmax(1).unique()])""",
+model = {auto}.from_pretrained("DIR")
+processor = AutoImageProcessor.from_pretrained("DIR")
+with torch.no_grad():
+    logits = model(**processor(Image.open("picture.png").convert("RGB"), return_tensors="pt")).logits
+print([model.config.id2label[int(i)] for i in logits.argmax(1).unique()])""",
+    "gearshift": """# in a checkout of Gearshift (`pip install -e .`)
+from train.export import load, predict
+
+model = load("DIR")  # a torch module over normalised images; config.json has mean and std
+print(predict("DIR", "picture.png", to="answers"))  # or a folder: the files of `gearshift predict`""",
 }
 """How each form is used."""
 
@@ -374,7 +425,7 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
     """The model card: the run's real numbers, how it was proved, and how to use it."""
     from train.models.pretrained import AUTO
 
-    cfg, info, form = trained.cfg, trained.prepared.info, receipt["form"]
+    cfg, form = trained.cfg, receipt["form"]
     result = trained.run.result() or {}
     engine = result.get("engine") or {}
     newest = {row["step"]: row for row in rundir.read_jsonl(trained.run.metrics)}.get(trained.step, {})
@@ -388,11 +439,10 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
     rows = [f"| {name} | {value:.5g} |" if isinstance(value, float) else f"| {name} | {value:,} |"
             for name, value in numbers.items()]  # fmt: skip
     base = str(cfg.model.path) if cfg.model.path and not Path(cfg.model.path).expanduser().exists() else None
-    usage = _USAGE[form].format(
+    pictures = form == "transformers" and cfg.task.name != "causal_lm"
+    usage = _USAGE["pictures" if pictures else form].format(
         auto=AUTO.get(cfg.task.name, "AutoModel"),
         base=repr(base or "BASE") + (f", gguf_file={cfg.model.gguf_file!r}" if cfg.model.gguf_file else ""),
-        mode="L" if info.get("channels") == 1 else "RGB",
-        resize=f".resize(({cfg.data.image_size}, {cfg.data.image_size}))" if cfg.data.resize else "",
     )
     head = {"library_name": form, "base_model": base, "pipeline_tag": _PIPELINES.get(cfg.task.name)}
     lines = [
@@ -413,6 +463,11 @@ def _card(trained: Trained, receipt: Mapping[str, Any]) -> str:
         "## Use\n",
         f"```python\n{usage}\n```",
     ]
+    if pictures and not cfg.data.resize:
+        size = cfg.data.image_size
+        lines.append(
+            f"\nIt was trained on squares of {size} pixels cut out of whole pictures (`data.resize=false`): give it such."
+        )
     if "answer" in receipt:
         text = "\n".join(f"    {line}" for line in receipt["answer"]["text"].splitlines())
         lines += [f"\n`{receipt['answer']['prompt']}` is answered (the likeliest words) with\n", text]
