@@ -194,3 +194,21 @@ def test_pixels_are_normalised_as_the_checkpoint_says(checkpoints: dict[str, Pat
     run = {"info": {"channels": 1, "mean": [0.7], "std": [0.2], "classes": []}}
     (tmp_path / "data.json").write_text(json.dumps(run))
     assert images.checkpoint(cfg) == {"channels": 1, "mean": [0.7], "std": [0.2]}
+
+
+def test_a_revision_in_the_name_counts_for_the_normalisation_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked, commit = [], "1" * 40
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1] * 3, "image_std": [0.2] * 3}))
+
+    def download(name: str, file: str, *, revision: str) -> str:
+        asked.append((name, revision))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = images.checkpoint(_cfg("pretrained", "classify", path=f"some/vit@{commit}"))
+    assert asked == [("some/vit", commit)]
+    assert found == {"channels": 3, "mean": [0.1] * 3, "std": [0.2] * 3}
