@@ -126,9 +126,8 @@ class CausalLM:
             return [self._tokenizer.separator, *begin.tolist(), *end.tolist()], [0] * (1 + len(begin)) + [1] * len(end)
         turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         try:
-            if answer is None:
-                text, spans = self._template.prompt(turns), []
-            else:
+            text, spans = self._template.prompt(turns), list[tuple[int, int]]()
+            if answer is not None:
                 text, spans = self._template.render([*turns, {"role": "assistant", "content": answer}])
         except ValueError as error:
             raise DataError(f"{str(prompt)[:200]!r} cannot be asked: {error}.") from None
