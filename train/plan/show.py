@@ -59,11 +59,11 @@ def render_all(experiment: str, rows: Sequence[Row]) -> str:
     kinds = dict.fromkeys(
         name for row in rows for name in sorted(row.plan.memory_gib, key=lambda n: -row.plan.memory_gib[n])
     )
-    held = [
+    by_kind = [
         [kind, *(f"{row.plan.memory_gib[kind]:.1f}" if kind in row.plan.memory_gib else "-" for row in rows)]
         for kind in kinds
     ]
-    lines += ["", "GiB of a device at its peak, by kind:", *_table([["", *(row.hardware for row in rows)], *held])]
+    lines += ["", "GiB of a device at its peak, by kind:", *_table([["", *(row.hardware for row in rows)], *by_kind])]
     lines += _published(experiment, rows)
     return "\n".join(lines)
 

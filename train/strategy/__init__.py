@@ -680,7 +680,7 @@ def offload_activations(block: nn.Module) -> None:
     block.forward = offloading
 
 
-def dtypes(found: Iterable[torch.dtype]) -> str:
+def dtypes(found: Iterable[torch.dtype | None]) -> str:
     return ",".join(sorted({str(t).removeprefix("torch.") for t in found}))
 
 
