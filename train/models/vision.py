@@ -86,7 +86,7 @@ def idle(model: nn.Module, channels: int, size: int) -> list[str]:
     """
     copied = copy.deepcopy(model).eval()  # some keep what they computed last
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"):
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu"), torch.enable_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in tensors}
         trained = [state[name].requires_grad_() for name in names]
