@@ -111,7 +111,7 @@ def test_a_million_documents_are_packed_in_moments() -> None:
     sizes = np.clip(np.exp(np.random.default_rng(0).normal(5.5, 0.9, 1_000_000)).astype(int), 2, 2048)
     begin = time.process_time()
     chat.best_fit(sizes, 2048)
-    assert time.process_time() - begin < 2.0
+    assert time.process_time() - begin < 4.0
 
 
 def test_what_is_packed_is_said(tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def cpu_s() -> float:
 def test_help_is_quick_and_imports_nothing_heavy(gearshift: Command) -> None:
     before = cpu_s()
     shown = gearshift("--help", command=WITHOUT_TORCH)
-    assert cpu_s() - before < 0.5
+    assert cpu_s() - before < 2
     assert shown.returncode == 0
     assert "75 stopped and saved" in shown.stdout
 
@@ -84,7 +84,7 @@ def test_help_is_quick_and_imports_nothing_heavy(gearshift: Command) -> None:
 def test_a_config_error_says_everything_at_once_without_torch(gearshift: Command) -> None:
     before = cpu_s()
     wrong = gearshift("run", "optim.lrr=1", "train.global_batch_size=-3", "experiment=lm_stdlb", command=WITHOUT_TORCH)
-    assert cpu_s() - before < 1
+    assert cpu_s() - before < 3
     assert wrong.returncode == 2
     for part in ("optim.lr", "train.global_batch_size", "lm_stdlib"):
         assert part in wrong.stderr

@@ -186,6 +186,6 @@ def test_seven_billion_parameters_in_seconds_and_nothing_allocated() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     begun = time.perf_counter()
     made = traced(lambda: llama(layers=32, hidden=4096, ffn=11008, heads=32), precision="bf16", mode="weights")
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - begun < 60  # seconds, not hours: benchmarks say how many
     assert 6.4e9 < made.numel() < 6.6e9
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB

@@ -286,7 +286,7 @@ def test_a_bomb_of_yaml_costs_neither_time_nor_memory(tmp_path: Path) -> None:
         began = time.process_time()
         with pytest.raises(ConfigError):
             config.load(tmp_path)
-        assert time.process_time() - began < 1.0
+        assert time.process_time() - began < 5.0
 
 
 # ---------------------------------------------------------------------------------------------------------------- names
