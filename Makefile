@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test slurm slurm-all check docs bench finetune equivalence plan resume-matrix kill
+.PHONY: help install install-dev smollm2 train test test-slow slurm slurm-all check docs bench finetune equivalence plan resume-matrix kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -56,6 +56,10 @@ train: install
 #: test          every test but the slow matrices, and those that need a GPU or Slurm
 test: install-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
+
+#: test-slow     what takes many minutes: engines with their controls, and checkpoints between them
+test-slow: install-dev
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(ARGS)
 
 #: slurm         the tests on a real Slurm of several nodes on this machine (Debian's packages; see docs/slurm.md)
 slurm: install-dev

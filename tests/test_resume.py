@@ -14,7 +14,7 @@ from tests import ranks
 from train import checkpoint
 from train.rundir import RunDir
 
-pytestmark = [pytest.mark.ranks, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
