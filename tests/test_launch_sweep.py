@@ -147,6 +147,7 @@ def test_one_bad_job_does_not_end_the_others(tmp_path):
 
 
 @needs_two_cores
+@pytest.mark.slow
 def test_killed_three_times_it_still_finishes_each_job_once(tmp_path):
     """12 jobs on two slots, one of which always fails; the parent is killed at random moments."""
     lab = Lab(tmp_path, steps=30, fail_at=12, fail_seed=5, fail_reason="ValueError: planted")
