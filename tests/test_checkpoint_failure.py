@@ -137,7 +137,7 @@ def test_a_rank_that_cannot_write_fails_the_save_of_all(run: RunDir, monkeypatch
     one.save(6, {})
     checkpoint._leave_receipt(run.checkpoints / ".step-00000006.1.tmp", 1, {"error": "OSError: no room"})
     one.wait()
-    with pytest.raises(CheckpointError, match="rank 1: (OSError: no room|the disk took not even the reason)"):
+    with pytest.raises(CheckpointError, match=r"rank 1: (OSError: no room|the disk took not even the reason)"):
         one.report("stop")
     assert whole(run) == [3]
 
