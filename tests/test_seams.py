@@ -56,6 +56,7 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_foreach_lerp_": lambda: has("torch", "_foreach_lerp_"),
     "_is_avx512_bf16_supported": lambda: has("torch.cpu", "_is_avx512_bf16_supported"),
     "_is_amx_tile_supported": lambda: has("torch.cpu", "_is_amx_tile_supported"),
+    "_BatchNorm": lambda: has("torch.nn.modules.batchnorm", "_BatchNorm"),
     "_schema": lambda: has("torch", "ops.aten.mm.default._schema"),
     "_subclasses": lambda: has("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "_python_dispatch": lambda: has("torch.utils._python_dispatch", "TorchDispatchMode"),
@@ -73,11 +74,15 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     "_keys_to_ignore_on_load_unexpected": lambda: has(
         "transformers", "PreTrainedModel._keys_to_ignore_on_load_unexpected"
     ),
+    "_is_stateful": lambda: has("transformers", "MambaForCausalLM._is_stateful"),
+    "_model_mapping": lambda: has("transformers", "AutoModelForImageClassification._model_mapping"),
+    "_attn_implementation": lambda: has("transformers", "PreTrainedConfig._attn_implementation"),
     # Hydra
     "_internal": lambda: has("hydra._internal.core_plugins.basic_sweeper", "BasicSweeper"),
     "_target_": lambda: "_target_" in source("hydra.types"),
     # the standard library
     "_exit": lambda: has("os", "_exit"),
+    "_current_frames": lambda: has("sys", "_current_frames"),
 }
 """Private name -> whether the library still has it."""
 
