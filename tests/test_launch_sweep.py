@@ -208,6 +208,7 @@ def test_more_devices_than_there_are(tmp_path, monkeypatch):
     assert not (lab.root / "s" / "001").exists()
 
 
+@pytest.mark.slow
 def test_it_is_asked_to_stop_and_goes_on(tmp_path):
     lab = Lab(tmp_path, steps=100)
     parent = lab.start("seed=1,2,3,4", "run.name=s")
