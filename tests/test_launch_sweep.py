@@ -147,7 +147,6 @@ def test_one_bad_job_does_not_end_the_others(tmp_path):
 
 
 @needs_two_cores
-@pytest.mark.slow
 def test_killed_three_times_it_still_finishes_each_job_once(tmp_path):
     """12 jobs on two slots, one of which always fails; the parent is killed at random moments."""
     lab = Lab(tmp_path, steps=30, fail_at=12, fail_seed=5, fail_reason="ValueError: planted")
@@ -208,7 +207,6 @@ def test_more_devices_than_there_are(tmp_path, monkeypatch):
     assert not (lab.root / "s" / "001").exists()
 
 
-@pytest.mark.slow
 def test_it_is_asked_to_stop_and_goes_on(tmp_path):
     lab = Lab(tmp_path, steps=100)
     parent = lab.start("seed=1,2,3,4", "run.name=s")
