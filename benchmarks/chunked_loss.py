@@ -24,6 +24,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.allocator import peak_bytes  # noqa: E402
 from train.tasks.causal_lm import chunked_cross_entropy  # noqa: E402
 
 TOKENS = 1024
@@ -40,19 +41,6 @@ def both(loss: Callable[..., Tensor], hidden: Tensor, weight: Tensor, labels: Te
     assert hidden.grad is not None
     assert weight.grad is not None
     return hidden.grad, weight.grad
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    now = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def seconds(call: Callable[[], object]) -> float:

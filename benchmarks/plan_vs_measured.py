@@ -116,15 +116,16 @@ def pretrained_model(directory: Path) -> Path:
 def peak_of(words: list[str]) -> float:
     """Bytes at the peak of two steps on this rank."""
     import torch
-    from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.allocator import peak_bytes
     from train import config, models, optim, strategy, tasks
     from train.data import Prepared
     from train.plan.subject import Subject
 
     cfg = config.compose(words)
     subject = Subject(cfg)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def train() -> None:
         procs = strategy.start(cfg) if not torch.distributed.is_initialized() else _again(cfg)
         task = tasks.TASKS[cfg.task.name](cfg, Prepared(cfg.data.kind, Path(), {}, subject.facts))
         with models.parameters_on_meta():
@@ -145,14 +146,9 @@ def peak_of(words: list[str]) -> float:
             engine.step(1e-4)
             engine.take_loss()
         engine.close()
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    # A mapped file is no memory.
+
     mapped = {f.stat().st_size for f in Path(cfg.model.path or "nowhere").glob("*.safetensors")}
-    live = peak = 0
-    for _, size in sorted(events, key=lambda e: e[0]):
-        live += 0 if abs(size) in mapped else size
-        peak = max(peak, live)
-    return float(peak)
+    return float(peak_bytes(train, mapped))
 
 
 def _again(cfg: Any) -> Any:

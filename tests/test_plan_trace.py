@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from benchmarks.allocator import peak_bytes
 from train.plan import memory
 from train.plan.memory import Layout
 from train.plan.shapes import Line, Trace
@@ -90,9 +91,8 @@ def test_unequal_blocks_do_not_stand_for_each_other() -> None:
 
 def profiled_peak(micro: int) -> float:
     """Bytes at the peak of two AdamW steps of the same model, from the allocator's events."""
-    from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    def train() -> None:
         model = llama(layers=3, hidden=256, ffn=704)
         optimizer = torch.optim.AdamW(model.parameters(), foreach=True)
         for _ in range(2):
@@ -100,13 +100,8 @@ def profiled_peak(micro: int) -> float:
             value.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        del value
-    events = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    live = peak = 0
-    for _, size in sorted(events, key=lambda e: e[0]):
-        live += size
-        peak = max(peak, live)
-    return float(peak)
+
+    return float(peak_bytes(train))
 
 
 @pytest.mark.parametrize("micro", [4, 32])

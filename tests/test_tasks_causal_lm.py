@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.allocator import peak_bytes
 from train import models
 from train.config import Config
 from train.data import Prepared
@@ -210,19 +211,6 @@ def test_chunks_never_hold_all_logits() -> None:
     gradient = vocab * width * 4
     peaks = {rows: peak_bytes(lambda r=rows: gradients(hidden, weight, labels, r)) - gradient for rows in (0, None)}
     assert peaks[None] <= 0.2 * peaks[0]
-
-
-def peak_bytes(call: Any) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
-        call()
-    now = peak = 0
-    for event in found.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused(tokenizer: Path) -> None:
