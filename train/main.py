@@ -47,7 +47,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     train_sets, val_set = data.open_datasets(prepared, cfg)
     samples_per_step = cfg.train.global_batch_size
     sequence = order.Order([len(d) for d in train_sets], data.weights(cfg), samples_per_step, cfg.seed)
-    total_steps = optim.total_steps(cfg, len(train_sets[0]) / data.weights(cfg)[0] * sum(data.weights(cfg)))
+    total_steps = data.total_steps(cfg, [len(d) for d in train_sets])
 
     # --------------------------------------------------------------------------------------- Strategy and optimizer
     engine = strategy.build(cfg, procs, cfg.train.precision)
@@ -101,9 +101,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
 
     # ------------------------------------------------------------------------------------------------------------ Loop
     evaluation: dict[str, float] = {}
-    reason = (
-        lifecycle.due(stop.reason(step), counters, cfg, procs) if saved is not None else None
-    )  # already, at no step's cost
+    # A run that goes on may be asked to stop already; then it makes no step.
+    reason = lifecycle.due(stop.reason(step), counters, cfg, procs) if saved is not None else None
     while step < total_steps and reason is None:
         step, clock = step + 1, time.perf_counter()
         watch.mark(step, "reading data")
@@ -124,10 +123,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 watch.mark(step, "forward")
                 loss_sum, _ = task.loss(engine.model, batch)
                 watch.mark(step, "backward")
-                if i == 0:
-                    loader.read_ahead(
-                        step
-                    )  # the next step's samples, while the backward pass runs without the interpreter
+                if i == 0:  # the next step's samples, while the backward pass runs without the interpreter
+                    loader.read_ahead(step)
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
                 engine.backward(loss_sum * (engine.scale / max(targets, 1)))
         watch.mark(step, "update")

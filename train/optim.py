@@ -1,6 +1,6 @@
 """The optimizer over named parameters, and the learning rate as a pure function of the step.
 
-Owns: parameter groups, the choice of optimizer, the schedules, the run's length in steps.
+Owns: parameter groups, the choice of optimizer, the schedules.
 Does not own: when the optimizer steps, or where its state lies (`train.strategy`).
 
 There is no scheduler object: a schedule that counts its own calls is stepped once per process by some libraries, and has to
@@ -62,14 +62,3 @@ def lr(cfg: Config, step: int, total: int) -> float:
         left = (1 - done) / o.decay_fraction
         factor = 1.0 if left >= 1 else final + (1 - final) * left
     return o.lr * factor
-
-
-def total_steps(cfg: Config, epoch_samples: float) -> int:
-    """The one duration that is set, in steps. epoch_samples: that go by in one pass over the first source."""
-    t = cfg.train
-    if t.max_steps is not None:
-        return t.max_steps
-    if t.max_tokens is not None:
-        return math.ceil(t.max_tokens / (t.global_batch_size * cfg.data.seq_len))
-    assert t.max_epochs is not None  # config.validate: exactly one duration
-    return math.ceil(t.max_epochs * epoch_samples / t.global_batch_size)

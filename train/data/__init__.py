@@ -19,7 +19,8 @@ and a dataset is anything of the form of `Dataset` below. A plug-in adds a kind:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -98,6 +99,18 @@ def show(prepared: Prepared, cfg: Config) -> list[str]:
 def weights(cfg: Config) -> list[float]:
     """Relative weight of each training source, for `order.Order`."""
     return [source.weight for source in cfg.data.sources] or [1.0]
+
+
+def total_steps(cfg: Config, samples: Sequence[int]) -> int:
+    """The one duration that is set, in steps. samples: of each training source; an epoch is a pass over the first of them."""
+    t = cfg.train
+    if t.max_steps is not None:
+        return t.max_steps
+    if t.max_tokens is not None:
+        return math.ceil(t.max_tokens / (t.global_batch_size * cfg.data.seq_len))
+    assert t.max_epochs is not None  # config.validate: exactly one duration
+    share = weights(cfg)
+    return math.ceil(t.max_epochs * (samples[0] / share[0] * sum(share)) / t.global_batch_size)
 
 
 def _weights(cfg: Config, say: Callable[[str], None]) -> str:

@@ -12,7 +12,6 @@ time (within five in a hundred) the simplest comes first.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from train.compose import read_yaml
 from train.config import CONF, HardwareConfig, StrategyConfig, node_range, validate
+from train.data import total_steps
 from train.plan import constants, machines, memory, timing
 from train.plan.memory import GIB, Layout
 from train.plan.subject import Subject
@@ -304,14 +304,10 @@ def length(subject: Subject) -> tuple[int | None, tuple[str, ...]]:
         assumed.append(f"a vocabulary of {subject.facts['vocab_size']:,}")
     if "num_classes" in subject.facts and "num_classes" not in subject.info:
         assumed.append(f"{subject.facts['num_classes']} classes")
-    if t.max_steps is not None:
-        return t.max_steps, tuple(assumed)
-    if t.max_tokens is not None:
-        return math.ceil(t.max_tokens / (t.global_batch_size * cfg.data.seq_len)), tuple(assumed)
     samples = subject.info.get("train_samples")
-    if t.max_epochs is None or not samples:
+    if t.max_epochs is not None and not samples:
         return None, (*assumed, "the run's length is in epochs of data that is not prepared yet")
-    return math.ceil(t.max_epochs * samples[0] / t.global_batch_size), tuple(assumed)
+    return total_steps(cfg, samples or []), tuple(assumed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
