@@ -160,7 +160,7 @@ def resume(
 
     from train import config
 
-    _step(step)
+    config.check_step(step)
     overrides = overrides or []
     directory = _existing(run)
     _import(plugin)
@@ -213,7 +213,7 @@ def predict(
     inputs = [word for word in given if word not in overrides]
     if len(inputs) > 1:
         raise config.ConfigError([f"INPUT is one file or folder, and {len(inputs)} are given: {' '.join(inputs[:5])}"])
-    _step(step)
+    config.check_step(step)
     directory = _existing(run)
     _import(plugin)
     with _told():
@@ -241,7 +241,9 @@ def export(
     plugin: Plugin = None,
 ) -> int:
     """Weights for others, in the layout that their libraries load; loaded back and compared with the run."""
-    _step(step)
+    from train import config
+
+    config.check_step(step)
     directory = _existing(run)
     _import(plugin)
     with _told():
@@ -383,13 +385,6 @@ def _prepared(cfg: Config) -> Prepared:
     prepared = data.prepare(cfg, say)
     remember(cfg, prepared.info)
     return prepared
-
-
-def _step(step: str) -> None:
-    from train import config
-
-    if step not in ("best", "last") and not step.isdecimal():
-        raise config.ConfigError([f"--step {step}: must be best, last or the number of a step."])
 
 
 @contextmanager

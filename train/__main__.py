@@ -53,15 +53,14 @@ def main(argv: list[str]) -> int:
     if flags & {"-m", "--multirun"}:
         return multirun(argv)
 
-    if (step := options.get("--step", "last")) not in ("best", "last") and not step.isdigit():
-        return complain([f"--step {step}: must be best, last or the number of a saved step."])
     if empty := [name for name, value in options.items() if not value]:
         return complain([f"{empty[0]} needs a value. See python -m train --help."])
 
     from train import config, describe
 
-    plugin = options.get("--plugin") or os.environ.get("GEARSHIFT_PLUGIN")
+    plugin, step = options.get("--plugin") or os.environ.get("GEARSHIFT_PLUGIN"), options.get("--step", "last")
     try:
+        config.check_step(step)
         if "--config" in options:
             if plugin:
                 config.import_plugin(plugin)
@@ -98,7 +97,7 @@ def run(cfg: Config, step: str, *, accept: bool) -> int:
     try:
         from train.main import train
 
-        train(cfg, lifecycle.Request(int(step) if step.isdigit() else step, accept))
+        train(cfg, lifecycle.Request(int(step) if step.isdecimal() else step, accept))
         code = 0
     except ConfigError as error:
         code, reason = complain([str(error)]), "bad_config"

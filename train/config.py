@@ -92,6 +92,12 @@ def node_range(nodes: str) -> tuple[int, int]:
     return int(match[1]), int(match[2] or match[1])
 
 
+def check_step(word: str) -> None:
+    """Raises ConfigError unless `word` can name a checkpoint on a command line."""
+    if word not in ("best", "last") and not word.isdecimal():
+        raise ConfigError([f"--step {word}: must be best, last or the number of a step."])
+
+
 def seconds(text: str) -> float:
     """`90`, `15m`, `1.5h`, `2d` or `[D-]HH:MM:SS` in seconds. Raises ValueError."""
     if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d{1,2}):(\d{1,2})", text):
