@@ -205,7 +205,7 @@ def save_in_place(self: Any, step: int, counters: dict[str, Any]) -> None:
     self.saved_step = step
     ranges, flat = self._copy()
     header, table = checkpoint._header(ranges, {n: i for i, n in enumerate(self.strategy.shapes)})
-    for old in checkpoint.committed(self.run):
+    for old in rundir.committed(self.run):
         shutil.rmtree(self.run.checkpoint(old))
     final = rundir.make_directory(self.run.checkpoint(step))
     receipt = checkpoint._write_file(final, 0, header, flat, table)
@@ -229,7 +229,7 @@ def newest(run: Path) -> tuple[int, list[str]]:
     from train import checkpoint, rundir
 
     directory, problems = rundir.RunDir(run), []
-    steps = checkpoint.committed(directory)
+    steps = rundir.committed(directory)
     for step in steps:
         try:
             checkpoint.Reader(directory.checkpoint(step)).verify()

@@ -52,7 +52,9 @@ def main() -> int:
     lock = rundir.Lock.acquire(run, heartbeat_s=1.0)
     run.write_result("running", lock.attempt)
     commits = sorted(run.checkpoints.glob("step-*/manifest.json"))
-    step, state = (int(commits[-1].parent.name[5:]), json.loads(commits[-1].read_bytes())["state"]) if commits else (0, "")
+    step, state = (
+        (int(commits[-1].parent.name[5:]), json.loads(commits[-1].read_bytes())["state"]) if commits else (0, "")
+    )
     cores = sorted(os.sched_getaffinity(0))
     run.event("resume" if commits else "start", attempt=lock.attempt, step=step, nodes=cfg.hardware.nodes, cores=cores)
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from train import checkpoint
+from train import checkpoint, rundir
 from train.checkpoint import Checkpointer, CheckpointError, Reader
 from train.config import CheckpointConfig
 from train.rundir import RunDir
@@ -336,7 +336,7 @@ def test_a_damaged_checkpoint_is_replaced_and_costs_no_good_one(whole: RunDir, t
         saver.save(step, {"best_step": None})
         saver.wait()
         saver.report("stop")
-        assert checkpoint.committed(run) == [step]
+        assert rundir.committed(run) == [step]
         Reader(run.checkpoint(step)).verify()
 
 

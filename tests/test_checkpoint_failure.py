@@ -15,7 +15,7 @@ import pytest
 
 from tests import ranks, trained
 from tests.test_checkpoint_damage import One, processes
-from train import checkpoint
+from train import checkpoint, rundir
 from train.checkpoint import Checkpointer, CheckpointError, Reader
 from train.config import CheckpointConfig
 from train.rundir import RunDir
@@ -44,9 +44,9 @@ def run(tmp_path: Path) -> RunDir:
 
 def whole(run: RunDir) -> list[int]:
     """Committed steps; each must verify."""
-    for step in checkpoint.committed(run):
+    for step in rundir.committed(run):
         Reader(run.checkpoint(step)).verify()
-    return checkpoint.committed(run)
+    return rundir.committed(run)
 
 
 @pytest.mark.parametrize("operation", ["mkdir", "open", "fsync", "replace", "rename"])
@@ -151,7 +151,7 @@ def test_rotation_leaves_a_save_alone_that_another_rank_has_begun(run: RunDir) -
 
 
 FULL = """
-from train import checkpoint
+from train import checkpoint, rundir
 real, seen = checkpoint._write_file, {}
 def full(directory, *rest):
     run = directory.parent.parent

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import resume
 from tests import ranks
-from train import checkpoint
+from train import checkpoint, rundir
 from train.rundir import RunDir
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -87,7 +87,7 @@ def test_going_on_late_takes_no_longer_than_early(tmp_path: Path) -> None:
     for job in jobs[2:]:
         name = job[-2].partition("=")[2]
         copy = RunDir(source.path.parent / name)
-        assert checkpoint.committed(copy)[-1] == (late + 1 if "late" in name else 4)
+        assert rundir.committed(copy)[-1] == (late + 1 if "late" in name else 4)
         events = [json.loads(line) for line in copy.events.read_text().splitlines()]
         seconds[name.partition("-")[0]].append(next(e["s"] for e in events if e["kind"] == "clock"))
     assert statistics.median(seconds["late"]) <= 1.05 * statistics.median(seconds["early"]), seconds

@@ -253,7 +253,7 @@ def test_scancel_saves_and_ends(free, settings, unbroken, tmp_path):
     facts = free.wait(job.id)
     assert (facts["JobState"], facts["Restarts"]) == ("CANCELLED", "0")
     assert job.run.result()["status"] == "stopped", job.log()
-    assert checkpoint.committed(job.run) == [job.steps()[-1]["step"]]
+    assert rundir.committed(job.run) == [job.steps()[-1]["step"]]
     job.clean()
     job.resume()
     assert job.ends()["state_hash"] == ranks.result(unbroken / "exact")["state_hash"]

@@ -119,14 +119,14 @@ def test_a_stop_that_is_older_than_the_launch_is_taken_away(root: Path) -> None:
 def test_a_time_limit_stops_and_saves(root: Path) -> None:
     result = ranks.result(root / "hurried")
     assert (result["status"], result["reason"]) == ("stopped", "run.max_time")
-    assert checkpoint.committed(RunDir(root / "hurried"))[-1] == result["steps"]
+    assert rundir.committed(RunDir(root / "hurried"))[-1] == result["steps"]
 
 
 def test_rotation_keeps_the_last_the_best_and_every_nth(root: Path) -> None:
     run = RunDir(root / "keeping")
     best = checkpoint.Reader(run.checkpoint(9)).manifest["counters"]["best_step"]
     assert best == 2
-    assert checkpoint.committed(run) == [2, 4, 8, 9]
+    assert rundir.committed(run) == [2, 4, 8, 9]
     assert next(checkpoint.choose(run, "best")) == run.checkpoint(best)
 
 
@@ -143,10 +143,10 @@ def test_a_value_that_is_not_finite_never_reaches_a_weight(root: Path, where: st
     assert [row["step"] for row in ranks.metrics(skipped) if row["grad_norm"] is None] == [3]
     assert ranks.result(skipped)["steps"] == 8
     assert ledger.verify(RunDir(skipped))["problems"] == []
-    assert checkpoint.committed(RunDir(stopped)) == []
-    assert max(checkpoint.committed(RunDir(capped))) <= 4  # steps 3, 4 and 5 are skipped: one more than the cap
+    assert rundir.committed(RunDir(stopped)) == []
+    assert max(rundir.committed(RunDir(capped))) <= 4  # steps 3, 4 and 5 are skipped: one more than the cap
     for run in (skipped, capped):
-        for step in checkpoint.committed(RunDir(run)):
+        for step in rundir.committed(RunDir(run)):
             reader = checkpoint.Reader(RunDir(run).checkpoint(step))
             for name, shape in reader.shapes.items():
                 for kind in reader.kinds:

@@ -230,7 +230,7 @@ class Checkpointer:
     def _rotate(self, newest: int, best_step: int | None) -> None:
         """Only after the commit of `newest`: keep the last ones, the best, and every n-th. What lies above `newest` is of
         an attempt that this one left behind by going on from an earlier step (`--step`)."""
-        steps = committed(self.run)
+        steps = rundir.committed(self.run)
         every = self.settings.keep_every
         kept = set([step for step in steps if step <= newest][-self.settings.keep :]) | {best_step}
         for step in steps:
@@ -312,15 +312,6 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
 # --------------------------------------------------------------------------------------------------------------------
 # Finding and reading
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def committed(run: RunDir) -> list[int]:
-    """Steps with a committed checkpoint, oldest first."""
-    steps = []
-    for path in run.checkpoints.glob("step-*"):
-        if path.name[5:].isdigit() and (path / "manifest.json").exists():
-            steps.append(int(path.name[5:]))
-    return sorted(steps)
 
 
 class Reader:
@@ -434,7 +425,7 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
 
     Raises CheckpointError when the one that was named does not exist.
     """
-    steps = committed(run)
+    steps = rundir.committed(run)
     if which == "last":
         yield from (run.checkpoint(s) for s in reversed(steps))
         return

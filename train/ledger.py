@@ -96,7 +96,7 @@ def verify(run: RunDir) -> dict[str, Any]:
 
     problems: list[str] = []
     saved: list[dict[str, Any]] = []
-    for step in checkpoint.committed(run):
+    for step in rundir.committed(run):
         path = run.checkpoint(step)
         try:
             reader = checkpoint.Reader(path)

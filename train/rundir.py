@@ -292,9 +292,18 @@ class RunDir:
         _cut_torn_end(self.events)
 
 
+def committed(run: RunDir) -> list[int]:
+    """Steps with a committed checkpoint, oldest first."""
+    steps = []
+    for path in run.checkpoints.glob("step-*"):
+        if path.name[5:].isdigit() and (path / "manifest.json").exists():
+            steps.append(int(path.name[5:]))
+    return sorted(steps)
+
+
 def newest(run: RunDir) -> int:
     """Step of the newest committed checkpoint; 0 without one."""
-    return max([0, *(int(path.parent.name[5:]) for path in run.checkpoints.glob("step-*/manifest.json"))])
+    return max(committed(run), default=0)
 
 
 def resolve(cfg: Config, math_hash: str) -> RunDir:
@@ -387,8 +396,8 @@ def freeze(cfg: Config, run: RunDir, identity: Identity, attempt: int) -> None:
 
 def stored_identity(run: RunDir) -> dict[str, Any] | None:
     """What the run was started with: `math.json`; in a copy that lacks it, what the newest checkpoint says."""
-    manifests = sorted(run.checkpoints.glob("step-*/manifest.json"))
-    for file in [run.identity, *manifests[-1:]]:
+    manifests = [run.checkpoint(step) / "manifest.json" for step in committed(run)[-1:]]
+    for file in [run.identity, *manifests]:
         try:
             found = json.loads(file.read_bytes())
             return found if file == run.identity else found.get("identity")
