@@ -332,7 +332,6 @@ def measure(
         **environment,
         "PYTHONPATH": str(ROOT),
         "WANDB_MODE": "offline",
-        "OMP_WAIT_POLICY": "PASSIVE",
         "HF_HUB_OFFLINE": "1",
     }
     running: dict[str, subprocess.Popen[str]] = {}

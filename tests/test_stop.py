@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,17 @@ def test_a_save_file_saves_and_the_run_goes_on(root: Path) -> None:
 def test_a_stop_that_is_older_than_the_launch_is_taken_away(root: Path) -> None:
     assert ranks.result(root / "stale")["status"] == "finished"
     assert not (root / "stale" / "STOP").exists()
+
+
+def test_the_time_of_the_launch_is_known_to_a_hundredth_of_a_second(tmp_path: Path) -> None:
+    """A STOP of just before is an earlier command's, one of just after is meant for this."""
+    say = "import time; from train import lifecycle; print(lifecycle._launched_at())"
+    (tmp_path / "accelerate").write_text("import subprocess, sys, time; time.sleep(1); subprocess.run(sys.argv[1:])")
+    plain = [sys.executable, "-c", say]
+    for command in (plain, [sys.executable, str(tmp_path / "accelerate"), *plain]):
+        before = time.time()
+        told = float(subprocess.run(command, capture_output=True, text=True, cwd=ranks.ROOT, check=True).stdout)
+        assert before - 0.02 < told < time.time() - (0 if command is plain else 1)  # the launcher's start, not the rank's
 
 
 def test_a_time_limit_stops_and_saves(root: Path) -> None:

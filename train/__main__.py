@@ -85,9 +85,10 @@ def main(argv: list[str]) -> int:
 
 def run(cfg: Config, step: str, *, accept: bool) -> int:
     """Train, and turn the errors that a run may end with into a line, a result and an exit code."""
-    # Read by libgomp when torch loads it. Threads that spin while they wait cost nothing on an idle machine, and a factor
-    # of ten where anything else runs; the command's own environment wins.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Read by libgomp when torch loads it. Threads that spin while they wait make small models half as fast again on an idle
+    # machine, and ten times slower where anything else runs; the command's own environment wins.
+    if os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1) or int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.umask(os.umask(0o027) | 0o027)  # what libraries write into the run directory is nobody else's either
 
     from train import lifecycle

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -212,12 +213,30 @@ def _keep_data_facts(run: RunDir, prepared: Prepared) -> None:
 
 
 def _clear_stale_requests(run: RunDir) -> None:
-    """Take away a STOP that is older than this process: it was meant for an earlier command."""
+    """Take away a STOP that is older than the launch: it was meant for an earlier command."""
+    if run.stop.exists() and run.stop.stat().st_mtime < _launched_at():
+        run.clear_requests()
+
+
+LAUNCHERS = {"accelerate", "accelerate.commands.launch", "torchrun", "torch.distributed.run"}
+
+
+def _launched_at() -> float:
+    """When this process was started, or the launcher that did so; seconds since 1970, up to 10 ms early.
+
+    The kernel counts starts from boot and tells the time of boot in whole seconds, so the age of a process is taken
+    instead: a STOP of half a second ago would otherwise count as newer than the command that follows it.
+    """
     import psutil
 
-    born = psutil.Process().create_time()
-    if run.stop.exists() and run.stop.stat().st_mtime < born:
-        run.clear_requests()
+    process = psutil.Process()
+    with suppress(psutil.Error):
+        parent = psutil.Process(os.getppid())
+        if LAUNCHERS & {Path(word).name for word in parent.cmdline()[:3]}:
+            process = parent
+    if sys.platform == "linux" and (ticks := rundir.process_start(process.pid)):
+        return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - int(ticks) / os.sysconf("SC_CLK_TCK"))
+    return process.create_time()
 
 
 def counters() -> dict[str, Any]:

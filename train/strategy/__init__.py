@@ -177,6 +177,7 @@ def start(cfg: Config) -> Processes:
                 f"sample. Start at most {cfg.train.global_batch_size} processes, or raise train.global_batch_size."
             ]
         )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
     _neutralise_environment(name)
 
     wanted = cfg.hardware.device
@@ -199,7 +200,7 @@ def start(cfg: Config) -> Processes:
             # Two ranks with two threads each on two cores do not run at half speed but at a tenth. One process takes
             # every core, unless it was told otherwise: `accelerate launch` says 1 to whoever said nothing.
             said = os.environ.get("OMP_NUM_THREADS")
-            unsaid = said is None or (said == "1" and "ACCELERATE_MIXED_PRECISION" in os.environ)
+            unsaid = said is None or (said == "1" and by_accelerate)
             if unsaid or world_size > 1:
                 torch.set_num_threads(max(1, cores() // local_world))
     if cfg.numerics == "exact":
