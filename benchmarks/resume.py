@@ -82,7 +82,7 @@ def computed(strategy, reader):
     for name, p in strategy.trainable().items():
         whole = p
         if hasattr(p, "ds_id"):
-            from deepspeed.zero import GatheredParameters
+            from deepspeed.runtime.zero import GatheredParameters
             with GatheredParameters([p]):
                 whole = p.detach().clone()
         elif hasattr(p, "full_tensor"):
