@@ -83,7 +83,7 @@ TASKS = {
         "data.augment=[shift,scale]",
         "optim.clip=0.9",
     ],
-    "lora": [*CHATS, "peft=lora", "peft.r=8", "peft.alpha=64", "peft.dropout=0.1", "optim.clip=6.0"],
+    "lora": [*CHATS, "peft=lora", "peft.r=8", "peft.alpha=40", "peft.dropout=0.1", "optim.clip=4.0"],
 }
 
 

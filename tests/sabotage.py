@@ -7,7 +7,7 @@ imitate are the silent failures of training scripts: the losses of some look rig
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,8 @@ STARTS = {
     "reduces-in-bf16": ("fsdp2", "bf16", "reduce_dtype: asked float32"),
     "sums-in-bf16": ("zero2", "bf16", "accumulation_dtype: asked float32"),
     "trains-bf16-weights": ("ddp", "bf16", "master_dtype: asked float32, got bfloat16"),
+    "computes-in-fp32": ("ddp", "bf16", "precision: asked bf16, the model multiplies in float32"),
+    "half-of-each-batch": ("ddp", "fp32", "batch: asked 2 micro-batches of 2, the model got [1, 1]"),
 }
 """What start-up has to refuse: way -> (strategy, precision, words of the error)."""
 NAN = "nan"
@@ -45,6 +47,7 @@ def install() -> None:
     import torch.distributed as dist
 
     from train import optim
+    from train.data import loader
     from train.strategy import Processes, Strategy, ddp, exact, fsdp2, zero
     from train.tasks import causal_lm
 
@@ -85,6 +88,19 @@ def install() -> None:
             return total
 
         return sum_
+
+    @instead(loader.Loader, "micro_batches")
+    def _(original: Any) -> Any:
+        def micro_batches(self: Any, step: int) -> Any:
+            found = original(self, step)
+            half = [{key: value[: len(value) // 2] for key, value in batch.items()} for batch in found]
+            return half if way == "half-of-each-batch" else found
+
+        return micro_batches
+
+    @instead(Strategy, "autocast")
+    def _(original: Any) -> Any:
+        return lambda self: nullcontext() if way == "computes-in-fp32" else original(self)
 
     @instead(Strategy, "step")
     def _(original: Any) -> Any:

@@ -326,6 +326,7 @@ class Strategy:
         self.build_optimizer(make_optimizer)
         if self.cfg.optim.ema is not None:
             self.ema = {n: t.clone() for n, kind, _, t in self._masters() if kind == "master"}
+        self._observe()
 
     def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         raise NotImplementedError
@@ -508,6 +509,8 @@ class Strategy:
                 if kind in self.kinds()[1:]:
                     self.put(name, kind, live, torch.zeros_like(live))
         self.loaded(0)
+        for seen in (self._seen or {}).values():
+            seen.clear()
 
     def counters(self) -> dict[str, int]:
         """The optimizer's own step counters, by parameter."""
@@ -587,6 +590,41 @@ class Strategy:
         if wrong:
             raise Mismatch("; ".join(wrong))
         return got
+
+    def _observe(self) -> None:
+        """Watch what goes through the model until the first update: engines hold neither the batch that they really get nor,
+        under autocast, the precision that they multiply in."""
+        self._seen: dict[str, list[Any]] | None = {"batch": [], "dtype": []}
+        seen = self._seen
+
+        def entered(module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen["batch"].append(next(len(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)))
+
+        def multiplied(module: nn.Module, args: Any, output: Tensor) -> None:
+            seen["dtype"].append(output.dtype)
+
+        self._hooks = [self.module.register_forward_pre_hook(entered, with_kwargs=True)]
+        product = next((m for m in self.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
+        if (
+            product is not None and not self.cfg.strategy.compile
+        ):  # a hook inside a compiled block would split its graph
+            self._hooks.append(product.register_forward_hook(multiplied))
+
+    def check_step(self) -> None:
+        """Before the first update: what went through the model is what was asked. Raises Mismatch."""
+        if self._seen is None:
+            return
+        for hook in self._hooks:
+            hook.remove()
+        seen, self._seen = self._seen, None
+        micro, steps = self.micro_batch_size, micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size)
+        wrong = []
+        if seen["batch"] != [micro] * steps:
+            wrong.append(f"batch: asked {steps} micro-batches of {micro}, the model got {seen['batch']}")
+        if any(dtype != DTYPES[self.precision] for dtype in seen["dtype"]):
+            wrong.append(f"precision: asked {self.precision}, the model multiplies in {dtypes(seen['dtype'])}")
+        if wrong:
+            raise Mismatch("in the first step, " + "; ".join(wrong))
 
     def close(self) -> None:
         """Release the engine."""
