@@ -286,6 +286,21 @@ def test_qlora_stores_four_bits_and_trains_adapters_only(tmp_path: Path, storage
     assert losses[-1] < losses[0]
 
 
+def test_layers_that_are_named_stay_out_of_4_bits(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    theirs = llama(tmp_path)
+    model = loaded(config(tmp_path, "qlora", quant_exclude=["k_proj", "mlp"]))
+    packed = {name.rpartition(".base_layer")[0].rpartition(".")[2] for name, m in model.named_modules()
+              if isinstance(m, bnb.nn.Linear4bit)}  # fmt: skip
+    assert packed == {"q_proj", "v_proj", "o_proj"}
+    all_of_it = loaded(config(tmp_path, "qlora"))
+    nearer, further = ((logits(m) - logits(theirs)).norm() for m in (model, all_of_it))
+    assert nearer < further
+    assert sum(p.requires_grad for p in model.parameters()) == sum(p.requires_grad for p in all_of_it.parameters())
+    with pytest.raises(ModelError, match=r"no linear layer has 'attn' in its name. There are: .*self_attn"):
+        models.build(config(tmp_path, "qlora", quant_exclude=["attn"]), INFO)
+
+
 def test_an_evaluation_does_not_change_what_is_trained(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     llama(tmp_path)

@@ -298,6 +298,8 @@ class PeftConfig:
     """Names of the layers that get adapters, or `all-linear`."""
     quant_storage: Literal["uint8", "bf16", "fp32"] = "uint8"
     """Dtype in which 4-bit weights are stored: `uint8`, `bf16`, `fp32` (qlora; FSDP2 shards any of them)."""
+    quant_exclude: list[str] = field(default_factory=list)
+    """Layers that stay in the run's precision (qlora), by any part of their name: `[k_proj, v_proj]`, `[self_attn]`."""
 
 
 @dataclass

@@ -79,7 +79,8 @@ def adapt(model: Any, cfg: Config) -> Any:
     """LoRA over `model`, a peft model: adapters (and a fresh head) are trained in fp32, nothing else is.
 
     Frozen parameters are stored in the run's precision, for QLoRA the matrices in 4 bits (NF4, double quantisation) in
-    `peft.quant_storage`. `lm_head` gets no adapter. Raises ModelError for target modules that the model does not have.
+    `peft.quant_storage`, except those that `peft.quant_exclude` names. `lm_head` gets no adapter. Raises ModelError for
+    target modules and exceptions that the model does not have.
     """
     import peft
 
@@ -88,6 +89,7 @@ def adapt(model: Any, cfg: Config) -> Any:
         parameter.requires_grad_(name in fresh)
         if name not in fresh:
             parameter.data = parameter.data.to(_frozen_dtype(cfg))
+    _keep_whole(model, config.quant_exclude)
     if config.name == "qlora":
         _quantise(model, cfg)
     targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
@@ -386,6 +388,21 @@ def _matched(model: nn.Module, weights: Weights, cfg: Config) -> Weights:
 # ---- 4 bits ----------------------------------------------------------------------------------------------------------
 
 
+def _keep_whole(model: Any, parts: list[str]) -> None:
+    """Mark the linear layers with one of `parts` in their dotted name; the planner looks at the mark too.
+
+    Small models lose much in 4 bits, and most of it in few layers; Dettmers and Zettlemoyer (arXiv:2212.09720) give curves.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or _transposed(layer)}
+    for part in parts:
+        named = [layer for name, layer in layers.items() if part in name.split(".")]
+        if not named:
+            known = ", ".join(sorted({word for name in layers for word in name.split(".") if not word.isdecimal()}))
+            raise ModelError(f"peft.quant_exclude: no linear layer has {part!r} in its name. There are: {known}.")
+        for layer in named:
+            layer.stays_whole = True
+
+
 def _quantise(model: Any, cfg: Config) -> None:
     """Replace the linear layers below the head by 4-bit ones, one whole matrix in memory at a time."""
     try:
@@ -396,6 +413,8 @@ def _quantise(model: Any, cfg: Config) -> None:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     for name, layer in list(model.named_modules()):
         if not (isinstance(layer, nn.Linear) or _transposed(layer)) or layer is head or f"{name}.weight" in model.fresh:
+            continue
+        if hasattr(layer, "stays_whole"):
             continue
         weight = model.starting_weights(f"{name}.weight").to(dtype)
         weight = weight.T.contiguous() if _transposed(layer) else weight

@@ -100,7 +100,7 @@ class Subject:
         rows = (cfg.data.kind, cfg.data.seq_len, cfg.data.image_size, cfg.data.pack)
         facts = {k: self.facts[k] for k in ("vocab_size", "num_classes", "channels") if k in self.facts}
         peft = (
-            (cfg.peft.name != "none", cfg.peft.r, cfg.peft.dropout, cfg.peft.target_modules)
+            (cfg.peft.name != "none", cfg.peft.r, cfg.peft.dropout, cfg.peft.target_modules, *cfg.peft.quant_exclude)
             if cfg.peft.name != "none"
             else ()
         )

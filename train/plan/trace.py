@@ -385,6 +385,7 @@ class _Tape(TorchDispatchMode):
             for m in self.module.modules()
             if isinstance(getattr(m, "weight", None), nn.Parameter)
             and (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
+            and not hasattr(m, "stays_whole")
         }
         owner = {id(p): index for index, block in enumerate(self.blocks) for p in block.parameters()}
         parts = {part.block: part for part in self.parts if part.block >= 0}
