@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import equivalence
 from tests import ranks
 from train import data, models
 from train.config import Config, DataConfig
@@ -342,6 +343,7 @@ def test_one_two_and_three_ranks_have_one_curve(curves: Path, experiment: str) -
         assert ranks.result(curves / f"{experiment}-{world_size}")["engine"]["world_size"] == world_size
         assert loss < 1e-5
         assert norm < 1e-3
+        assert equivalence.masters(curves / f"{experiment}-{world_size}", curves / f"{experiment}-alone-2") < 1e-5
         last = ranks.metrics(curves / f"{experiment}-{world_size}")[-1]
         for key in (key for key in last if key.startswith("eval_")):
             assert last[key] == pytest.approx(reference[-1][key], rel=1e-3)
