@@ -393,7 +393,9 @@ def _keep_whole(model: Any, parts: list[str]) -> None:
 
     Small models lose much in 4 bits, and most of it in few layers; Dettmers and Zettlemoyer (arXiv:2212.09720) give curves.
     """
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or _transposed(layer)}
+    layers = {
+        name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear) or _transposed(layer)
+    }
     for part in parts:
         named = [layer for name, layer in layers.items() if part in name.split(".")]
         if not named:

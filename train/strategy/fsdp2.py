@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from train.strategy import DTYPES, Strategy, Values, dtypes
+from train.strategy import DTYPES, Mismatch, Strategy, Values, dtypes
 
 
 class FSDP2(Strategy):
@@ -61,7 +61,8 @@ class FSDP2(Strategy):
 
     def piece(self, p: Tensor) -> tuple[int, Tensor]:
         """Whole rows: sharded on dimension 0 in chunks of ceil(rows / W), so the last ranks may hold fewer, or none."""
-        assert isinstance(p, DTensor), type(p)
+        if not isinstance(p, DTensor):
+            raise Mismatch(f"strategy: asked fsdp2, got a parameter of {tuple(p.shape)} that no rank shares")
         _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         row = p.numel() // p.shape[0] if p.ndim else 1
         return (offset[0] * row if p.ndim else 0), p.to_local()
