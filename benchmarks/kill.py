@@ -23,8 +23,8 @@ Kills are drawn in two ways, one as often as the other:
 What was written and not flushed survives here, as it does when a process dies. A power cut is another matter, and this
 is no test of it.
 
-After each kill every committed checkpoint must verify, the newest must not be older than the newest before it, and the
-next start must resume. At the end of each run its state hash and the losses of all steps must be those of the unbroken
+After each kill every committed checkpoint must verify, the newest must not be older than the newest before it, `gearshift
+verify` must be clean, and the next start must go on from it. At the end of each run its state hash and the losses of all steps must be those of the unbroken
 run, bit for bit, and `gearshift verify` must be clean. The control is a saver that makes room and then writes in place;
 it must fail.
 
@@ -245,6 +245,14 @@ def verified(run: Path) -> list[str]:
     return ledger.verify(rundir.RunDir(run))["problems"]
 
 
+def gone_on_from(run: Path, since: int, before: int) -> list[str]:
+    """What is wrong with where the attempts after `since` began, when step `before` had been saved."""
+    begun = [e for e in jsonl(run / "events.jsonl") if e["kind"] in ("start", "resume") and e["attempt"] > since]
+    return [
+        f"attempt {e['attempt']} began from step {e['step']}, not {before}" for e in begun[:1] if e["step"] != before
+    ]
+
+
 def truth(run: Path) -> tuple[str | None, list[str]]:
     """State hash, and the loss of every step as the latest attempt has it."""
     rows = {row["step"]: row["loss_hex"] for row in jsonl(run / "metrics.jsonl")}
@@ -327,6 +335,7 @@ class Campaign:
 
     def _kill_once(self, run: Path, variant: list[str], control: bool) -> dict[str, Any]:
         before = newest(run)[0] if run.exists() else 0
+        since = max((e["attempt"] for e in jsonl(run / "events.jsonl")), default=0)
         left = 1 - before / STEPS
         delay, kill_at, act, where = 0.0, None, None, "time"
         kinds = self.control_kinds if control else self.kinds
@@ -346,14 +355,19 @@ class Campaign:
             problems.append(f"the start failed ({code}): {(self.root / 'log').read_text()[-300:]}")
         if after < before:
             problems.append(f"step {before} had been saved; {after or 'nothing'} is left")
+        problems += gone_on_from(run, since, before)
+        if after:
+            problems += verified(run)
         reached = max((line["step"] for line in jsonl(run / "ledger.jsonl")), default=0)
         return {"what": "control" if control else "kill", "where": where, "variant": variant, "run": self.number, "exit": code,
                 "saved": after, "redone": max(0, reached - after), "problem": "; ".join(problems) or None}  # fmt: skip
 
     def _finish(self, run: Path, variant: list[str], rows: list[dict[str, Any]], control: bool) -> None:
         """Let it run to its end; what is wrong then is held against the last kill."""
-        problems = []
+        before = newest(run)[0]
+        since = max((e["attempt"] for e in jsonl(run / "events.jsonl")), default=0)
         code = outcome(start(self.command(run.name, *variant), self.root / "log"))
+        problems = gone_on_from(run, since, before)
         if code:
             problems.append(f"the last start failed ({code}): {(self.root / 'log').read_text()[-300:]}")
         else:

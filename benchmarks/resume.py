@@ -60,6 +60,7 @@ COMMON = [
     *(f"checkpoint.every={SAVED}", "checkpoint.keep=9", "strategy.persistence_threshold=0"),
 ]
 CHECKS = """
+import math
 import torch
 from train import checkpoint
 load, save = checkpoint.load, checkpoint.Checkpointer.save
@@ -76,6 +77,19 @@ def differences(strategy, reader):
         stored = torch.from_numpy(reader.read(name, kind, start, live.numel()))
         if not torch.equal(live.detach().cpu().view(torch.int32), stored.view(torch.int32)):
             wrong.append(f"{name} {kind} from {start}")
+    return wrong
+def uncovered(strategy):
+    mine = [(name, kind, start, live.numel()) for name, kind, start, live in strategy.held()]
+    everyone = {piece for rank in strategy.procs.gather(mine) for piece in rank}
+    kinds = {"master", "exp_avg", "exp_avg_sq"} | ({"ema"} if strategy.cfg.optim.ema else set())
+    wrong = []
+    for name, shape in strategy.shapes.items():
+        for kind in sorted(kinds):
+            reached = 0
+            for start, count in sorted((s, c) for n, k, s, c in everyone if (n, k) == (name, kind)):
+                reached += count if start == reached else 0
+            if reached != math.prod(shape):
+                wrong.append(f"{name} {kind} is held up to {reached} of {math.prod(shape)}")
     return wrong
 def computed(strategy, reader):
     wrong = []
@@ -94,7 +108,7 @@ def computed(strategy, reader):
 def checked_load(strategy, reader):
     load(strategy, reader)
     strategy.procs.log = reader.path.parent.parent / "checks"
-    agree(strategy.procs, differences(strategy, reader), f"loaded {reader.step}")
+    agree(strategy.procs, uncovered(strategy) + differences(strategy, reader), f"loaded {reader.step}")
     agree(strategy.procs, computed(strategy, reader), f"computes {reader.step}")
 def checked_save(self, step, counters):
     before = self.saved_step
@@ -106,7 +120,7 @@ def checked_save(self, step, counters):
     self.procs.log = self.run.path / "checks"
     reader = checkpoint.Reader(self.run.checkpoint(step))
     reader.verify((self.procs.rank, self.procs.world_size))
-    agree(self.procs, differences(self.strategy, reader), f"saved {step}")
+    agree(self.procs, uncovered(self.strategy) + differences(self.strategy, reader), f"saved {step}")
 checkpoint.load, checkpoint.Checkpointer.save = checked_load, checked_save
 from train.strategy import zero
 refresh = zero.Zero.refresh
@@ -118,7 +132,7 @@ control: they do not rebuild what they compute with."""
 
 @dataclass(frozen=True)
 class Cell:
-    """A run of `kind` (lm, lora, bf16) under a layout, which goes on from the checkpoint of another one, if any."""
+    """A run of `kind` (lm, lora, bf16, ema) under a layout, which goes on from the checkpoint of another one, if any."""
 
     kind: str
     strategy: str
@@ -175,6 +189,7 @@ class Lab:
         strategy, _, offload = cell.strategy.partition("+")
         how = [f"strategy={strategy}", f"run.root={self.root}/runs", f"run.name={cell.name}"]
         how += [f"strategy.offload={offload}", f"hardware.nvme_path={self.root}"] if offload else []
+        what += ["optim.ema=0.9"] if cell.kind == "ema" else []
         precision = "bf16" if cell.kind == "bf16" else "fp32"
         return [*what, *COMMON, f"train.precision={precision}", *how]
 
@@ -248,6 +263,7 @@ def cells() -> list[Cell]:
               if (i + 9) % len(LAYOUTS)]  # fmt: skip
     for kind, layouts in {
         "lora": [("single", 1), ("zero3", 2), ("fsdp2", 3), ("ddp", 2), ("zero1", 3), ("zero3+cpu", 2)],
+        "ema": [("single", 1), ("zero3", 2), ("fsdp2", 2), ("zero1", 3), ("ddp", 2)],
         "bf16": [("single", 1), ("zero3", 2), ("zero2", 2), ("fsdp2", 2), ("zero1", 3), ("ddp", 3)],
     }.items():
         whole = [Cell(kind, *layout) for layout in layouts]

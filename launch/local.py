@@ -156,32 +156,40 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
     """
     before, command, fruitless = run.last_attempt(), list(launch.command), 0
     known = {child.pid for child in _children()}
-    run.clear_requests()
+    if not _is_anothers(run):
+        run.clear_requests()
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphaned ranks become children of this process and can be found
     on_start = _end_with_parent()
     with _answering_signals(run, known, say):
         for start in range(1 + launch.restarts):
-            attempt, saved = run.last_attempt(), rundir.newest(run)
+            attempt, saved = run.last_attempt(), rundir.committed(run)
             child = subprocess.Popen(
                 command, env=launch.full_environment(), start_new_session=True, preexec_fn=on_start
             )
             code = child.wait()
             _wait_for_rest(known, STRAGGLER_S if code == 0 or _ended(run, attempt) else SHUTDOWN_S)
+            if _is_anothers(
+                run
+            ):  # its ranks were faster, ours are gone and have said so; result and requests are its own
+                return rundir.EXIT_FAILED
             result = _result(run, attempt, code)
-            fruitless = 0 if rundir.newest(run) > saved else fruitless + 1
+            progress = rundir.committed(run) != saved
+            fruitless = 0 if progress else fruitless + 1
             if result.get("status") in ("finished", "stopped") or (result.get("reason") or "").startswith(rundir.FINAL):
                 break
             if code == 0 or run.stop_reason() or start == launch.restarts:
                 break
             why = result.get("reason") or f"exit code {code} before the run began"
             if fruitless == rundir.FRUITLESS:
-                why = f"no-progress: {fruitless} attempts in a row ended without a new checkpoint (step {saved}); {why}"
+                why = f"no-progress: {fruitless} attempts in a row ended without a new checkpoint (step {max(saved, default=0)}); {why}"
                 if result:
                     rundir.atomic_write(run.result_file, rundir.to_json({**result, "reason": why}, indent=2) + "\n")
                 say(why)
                 break
             say(f"The run died ({why}): restart {start + 1} of {launch.restarts}.")
-            if "--step" in command:  # the first start went back to it; this one goes on from what is saved since
+            if (
+                progress and "--step" in command
+            ):  # this start goes on from what is saved since the first went back to it
                 at = command.index("--step")
                 del command[at : at + 2]
     run.clear_requests()
@@ -189,6 +197,11 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
         done = code == 0 and (run.result() or {}).get("status") == "finished"
         return rundir.EXIT_FINISHED if done else rundir.EXIT_FAILED
     return rundir.exit_code(run.result())
+
+
+def _is_anothers(run: RunDir) -> bool:
+    """Whether a process owns the run while none of ours is left (or yet there)."""
+    return rundir.alive(rundir.holder(run)) is not False
 
 
 def _ended(run: RunDir, before: int) -> bool:

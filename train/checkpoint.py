@@ -78,11 +78,13 @@ class Checkpointer:
         lock: rundir.Lock | None,
         attempt: int,
         saved_step: int | None,
+        best_step: int | None = None,
     ) -> None:
         """hashes: `math_hash` and `exec_hash`. lock: the main process's, read again at every commit. saved_step: the
-        step that was resumed from, if any: its checkpoint exists."""
+        step that was resumed from, if any: its checkpoint exists. best_step: the best step by then."""
         self.run, self.procs, self.strategy, self.settings = run, procs, strategy, settings
         self.hashes, self.lock, self.attempt, self.saved_step = hashes, lock, attempt, saved_step
+        self._best = best_step  # the newest best one that is committed
         self._buffer: Any = None
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None  # a step whose save failed, until that is reported
@@ -90,11 +92,18 @@ class Checkpointer:
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Save the state after update `step`. Returns once the live state is copied (`asynchronous`) or committed.
 
-        counters: JSON values that belong to the run: samples, best value and its step, patience count, loss scale.
+        counters: JSON values that belong to the run: samples, best value and its step, patience count.
+        Raises CheckpointError if a buffer has changed, which no checkpoint holds.
         """
         if step == self.saved_step:
             return
         self.wait()
+        self.report(self.settings.on_error)  # before this save can hide what became of the last
+        if changed := self.strategy.changed_buffers():
+            raise CheckpointError(
+                f"buffers of the model changed while it was trained ({', '.join(changed[:3])}): checkpoints hold parameters "
+                "only. Freeze them (BatchNorm: keep it in evaluation mode), or make them parameters."
+            )
         ranges, flat = self._copy()
         header, table = _header(ranges, {n: i for i, n in enumerate(self.strategy.shapes)})
         temporary = self.run.checkpoints / f".step-{step:08d}.{self.attempt}.tmp"
@@ -184,15 +193,21 @@ class Checkpointer:
             file.unlink()
         rundir.atomic_write(temporary / "manifest.json", json.dumps(manifest))
         rundir.sync_directory(temporary)
+        for file in (
+            self.run.ledger,
+            self.run.metrics,
+            self.run.events,
+        ):  # what led here is as durable as what it led to
+            rundir.sync_file(file)
         if self.lock is not None:
             self.lock.check()
         final = self.run.checkpoint(step)
-        if final.exists():  # only a corrupt one can be in the way: a good one would have been resumed from
+        if final.exists():  # a corrupt one, or one of an attempt that this one left behind by going back before it
             _discard(final)
         os.rename(temporary, final)
         rundir.sync_directory(self.run.checkpoints)
         self.run.event("commit", step=step, attempt=self.attempt)
-        self._rotate(step, counters.get("best_step") if self.settings.keep_best else None)
+        self._rotate(step, counters.get("best_step"))
 
     def _manifest(self, step: int, counters: dict[str, Any], receipts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         manifest = {
@@ -202,7 +217,7 @@ class Checkpointer:
             **self.hashes,
             "identity": rundir.stored_identity(self.run),
             "counters": counters,
-            "optimizer_steps": step,
+            "optimizer_steps": counters.get("updates", step),
             "tensors": [[n, list(shape)] for n, shape in self.strategy.shapes.items()],
             "aliases": self.strategy.aliases,
             "kinds": sorted({k for receipt in receipts.values() for k in receipt["kinds"]}),
@@ -232,7 +247,10 @@ class Checkpointer:
         an attempt that this one left behind by going on from an earlier step (`--step`)."""
         steps = rundir.committed(self.run)
         every = self.settings.keep_every
-        kept = set([step for step in steps if step <= newest][-self.settings.keep :]) | {best_step}
+        if best_step in steps:  # else its save failed, and the best one before it stays
+            self._best = best_step
+        best = self._best if self.settings.keep_best else None
+        kept = set([step for step in steps if step <= newest][-self.settings.keep :]) | {best}
         for step in steps:
             if step > newest or (step not in kept and not (every and step % every == 0)):
                 _discard(self.run.checkpoint(step))
@@ -423,15 +441,18 @@ class Reader:
 def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
     """Candidates to resume from, best first: a step by number, `best`, or `last` with all older ones behind it.
 
+    `last` follows the newest attempt: one that went back (`--step`) and died leaves later steps that are not its own.
     Raises CheckpointError when the one that was named does not exist.
     """
     steps = rundir.committed(run)
     if which == "last":
-        yield from (run.checkpoint(s) for s in reversed(steps))
+        last = _last(run, steps)
+        yield from (run.checkpoint(s) for s in reversed(steps) if s <= last)
         return
     wanted: int | None
     if which == "best":
-        wanted = next((Reader(run.checkpoint(s)).manifest["counters"]["best_step"] for s in reversed(steps)), None)
+        told = (Reader(run.checkpoint(s)).manifest["counters"]["best_step"] for s in reversed(steps))
+        wanted = next((step for step in told if step in steps), None)
     else:
         wanted = int(which)
     if wanted not in steps:
@@ -439,6 +460,24 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
             f"{run.path} has no checkpoint of step {wanted if wanted is not None else which}; it has {steps}"
         )
     yield run.checkpoint(wanted)
+
+
+def _last(run: RunDir, steps: list[int]) -> int:
+    """The newest step of the newest attempt: what it has saved last, else what it began from."""
+    began = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "resume"] if run.events.exists() else []
+    attempts = {step: _attempt(run.checkpoint(step)) for step in steps}
+    newest = max(steps, key=lambda step: (attempts[step], step), default=0)
+    if began and began[-1]["attempt"] > attempts.get(newest, 0) and began[-1]["step"] in steps:
+        return began[-1]["step"]
+    return newest
+
+
+def _attempt(path: Path) -> int:
+    """The attempt that wrote a checkpoint, from the first bytes of its manifest, which may be long; 0 if it is not there."""
+    with suppress(OSError), open(path / "manifest.json", "rb") as file:
+        found = re.search(rb'"attempt": (\d+)', file.read(200))
+        return int(found[1]) if found else 0
+    return 0
 
 
 def newest(
@@ -472,9 +511,10 @@ def find(run: RunDir, step: str | int) -> Path:
     """The checkpoint that `best` (the newest, where nothing was evaluated), `last` or a number means. Raises CheckpointError."""
     try:
         path = next(choose(run, step), None)
-    except CheckpointError:
+    except CheckpointError as error:
         if step != "best":
             raise
+        log.warning("%s: the newest one is taken", error)
         path = next(choose(run, "last"), None)
     if path is None:
         raise CheckpointError(f"{run.path} has no checkpoint yet; a run saves at every stop and at its end.")

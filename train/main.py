@@ -72,7 +72,8 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
         checkpoint.load(engine, saved)
         step, counters = saved.step, {**counters, **saved.manifest["counters"]}
     saver = checkpoint.Checkpointer(run, procs, engine, cfg.checkpoint, hashes=opened.hashes, lock=opened.lock,
-                                    attempt=opened.attempt, saved_step=step if saved else None)  # fmt: skip
+                                    attempt=opened.attempt, saved_step=step if saved else None,
+                                    best_step=counters["best_step"])  # fmt: skip
     before = counters["wall_s"]
 
     # ---------------------------------------------------------------------------------------------- What is watched
@@ -167,7 +168,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
             saver.save(step, counters)
             if saving and procs.is_main:
                 stop.save_done()
-        saver.report(cfg.checkpoint.on_error)
+        saver.report("stop" if last or reason else cfg.checkpoint.on_error)
         if last:
             break
 

@@ -292,6 +292,12 @@ class RunDir:
         _cut_torn_end(self.events)
 
 
+def sync_file(path: Path) -> None:
+    """Have what was appended to a file survive a power cut; one that is not there needs nothing."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def committed(run: RunDir) -> list[int]:
     """Steps with a committed checkpoint, oldest first."""
     steps = []

@@ -327,6 +327,7 @@ class Strategy:
         if self.cfg.optim.ema is not None:
             self.ema = {n: t.clone() for n, kind, _, t in self._masters() if kind == "master"}
         self._observe()
+        self._buffers = {n: b.detach().clone() for n, b in persistent_buffers(module)}
 
     def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         raise NotImplementedError
@@ -591,6 +592,10 @@ class Strategy:
             raise Mismatch("; ".join(wrong))
         return got
 
+    def changed_buffers(self) -> list[str]:
+        """Names of persistent buffers that are not what they were when the run began: no checkpoint holds them."""
+        return [n for n, b in persistent_buffers(self.module) if not torch.equal(b, self._buffers[n])]
+
     def _observe(self) -> None:
         """Watch what goes through the model until the first update: engines hold neither the batch that they really get nor,
         under autocast, the precision that they multiply in."""
@@ -689,6 +694,13 @@ def materialise(module: nn.Module, device: torch.device, values: Values) -> None
             value = values(name)
             if value is not None:
                 p.copy_(value)
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and name not in owner._non_persistent_buffers_set:
+                yield f"{prefix}.{name}", buffer
 
 
 def checkpoint_activations(block: nn.Module) -> None:
