@@ -24,9 +24,9 @@ What was written and not flushed survives here, as it does when a process dies. 
 is no test of it.
 
 After each kill every committed checkpoint must verify, the newest must not be older than the newest before it, `gearshift
-verify` must be clean, and the next start must go on from it. At the end of each run its state hash and the losses of all steps must be those of the unbroken
-run, bit for bit, and `gearshift verify` must be clean. The control is a saver that makes room and then writes in place;
-it must fail.
+verify` must be clean, and the next start must go on from it. At the end of each run its state hash and the losses of all
+steps must be those of the unbroken run, bit for bit, and `gearshift verify` must be clean. The control is a saver that
+makes room and then writes in place; it must fail.
 
 Requests to stop (SIGTERM, SIGUSR1, SIGINT, a STOP file) come at a random time, or at a named moment: while importing, in the
 first step, between two micro-batches, in an evaluation, in a save, in the last step. Those that say `gearshift` start

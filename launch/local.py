@@ -181,7 +181,8 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
                 break
             why = result.get("reason") or f"exit code {code} before the run began"
             if fruitless == rundir.FRUITLESS:
-                why = f"no-progress: {fruitless} attempts in a row ended without a new checkpoint (step {max(saved, default=0)}); {why}"
+                at = max(saved, default=0)
+                why = f"no-progress: {fruitless} attempts in a row ended without a new checkpoint (step {at}); {why}"
                 if result:
                     rundir.atomic_write(run.result_file, rundir.to_json({**result, "reason": why}, indent=2) + "\n")
                 say(why)

@@ -91,6 +91,10 @@ def _worker(jobs: list[list[str]], setup: str) -> None:
         except BaseException:
             errors.append(traceback.format_exc())
             lifecycle.fail("test")
+            if "transformers.integrations.deepspeed" in sys.modules:  # else the next model is built partitioned
+                from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+                unset_hf_deepspeed_config()
         if "accelerate" in sys.modules:
             from accelerate.state import AcceleratorState, GradientState, PartialState
 

@@ -38,6 +38,9 @@ class Ranges:
     aliases: ClassVar = {"head.weight": "embed.weight"}
     cuts: ClassVar = {"embed.weight": 23, "norm.weight": 0, "odd": 6}
 
+    def changed_buffers(self) -> list[str]:
+        return []
+
     def __init__(self, rank: int, step: int) -> None:
         self.rank, self.step = rank, step
 

@@ -134,12 +134,48 @@ def test_a_full_disk_is_told_with_path_need_and_free_and_survived(
 def test_a_rank_that_cannot_write_fails_the_save_of_all(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     one = Checkpointer(run, processes(0, 2), One(0), CheckpointConfig(keep=9), hashes=HASHES, lock=None, attempt=1,
                        saved_step=None)  # type: ignore[arg-type]  # fmt: skip
+    rundir.make_directory(run.checkpoints / ".step-00000006.1.tmp")  # as the other rank does before it writes
     one.save(6, {})
     checkpoint._leave_receipt(run.checkpoints / ".step-00000006.1.tmp", 1, {"error": "OSError: no room"})
     one.wait()
     with pytest.raises(CheckpointError, match=r"rank 1: (OSError: no room|the disk took not even the reason)"):
         one.report("stop")
     assert whole(run) == [3]
+
+
+def test_the_best_stays_until_a_better_one_is_committed(run: RunDir) -> None:
+    """`run` holds step 3. The save of step 6, the best by then, is lost; step 3 was the best before."""
+    one = Checkpointer(run, processes(), One(0), CheckpointConfig(keep=1), hashes=HASHES, lock=None, attempt=1,
+                       saved_step=3, best_step=3)  # type: ignore[arg-type]  # fmt: skip
+    for step, best in ((9, 6), (12, 12), (15, 12)):
+        one.save(step, {"best_step": best})
+        one.wait()
+        one.report("stop")
+        assert whole(run) == {9: [3, 9], 12: [12], 15: [12, 15]}[step]
+    assert checkpoint.find(run, "best") == run.checkpoint(12)
+
+
+def test_what_goes_on_is_the_newest_attempt_and_not_the_highest_step(run: RunDir) -> None:
+    """An attempt went back to step 3 and died, before its first commit or between that and the rotation."""
+    save(saver(run), 9)
+    run.event("resume", attempt=1, step=9)
+    assert next(checkpoint.choose(run)) == run.checkpoint(9)
+    run.event("resume", attempt=2, step=3)
+    assert list(checkpoint.choose(run)) == [run.checkpoint(3)]
+    back = saver(run, attempt=2)
+    back._rotate = lambda *_: None  # type: ignore[method-assign]
+    save(back, 6)
+    assert list(checkpoint.choose(run)) == [run.checkpoint(6), run.checkpoint(3)]
+
+
+def test_a_buffer_that_changes_ends_the_run(run: RunDir) -> None:
+    """A BatchNorm that learns statistics, say: no checkpoint would hold them."""
+    changed = One(0)
+    changed.changed_buffers = lambda: ["norm.running_mean"]  # type: ignore[method-assign]
+    one = Checkpointer(run, processes(), changed, CheckpointConfig(keep=1), hashes=HASHES, lock=None, attempt=1,
+                       saved_step=None)  # type: ignore[arg-type]  # fmt: skip
+    with pytest.raises(CheckpointError, match=r"norm\.running_mean.*keep it in evaluation mode"):
+        one.save(6, {})
 
 
 def test_rotation_leaves_a_save_alone_that_another_rank_has_begun(run: RunDir) -> None:
@@ -156,7 +192,7 @@ real, seen = checkpoint._write_file, {}
 def full(directory, *rest):
     run = directory.parent.parent
     seen[run] = seen.get(run, 0) + 1
-    if seen[run] == 2:
+    if seen[run] == {"last": 3, "last-blocking": 3, "stopping": 1}.get(run.name, 2):
         raise OSError(28, "No space left on device")
     return real(directory, *rest)
 checkpoint._write_file = full
@@ -165,13 +201,15 @@ checkpoint._write_file = full
 
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str | None]]:
-    """Two runs whose second save fails: `continue` and `stop`."""
+    """Runs whose second save fails, under both policies, and runs whose last one does."""
     root = tmp_path_factory.mktemp("policies")
     (root / "text").mkdir()
     (root / "text" / "a.py").write_text("\n".join(f"x_{i} = {i}" for i in range(900)))
     common = ["experiment=lm_stdlib", *trained.COMMON, *trained.LANGUAGE, *trained.NETWORK, "data.tokenizer=bytes"]
     common += [f"data.path={root}/text", f"run.root={root}", "train.max_steps=6", "eval.every=null"]
     jobs = [[*common, f"run.name={word}", f"checkpoint.on_error={word}"] for word in ("continue", "stop")]
+    jobs += [[*common, "run.name=last"], [*common, "run.name=last-blocking", "checkpoint.asynchronous=false"]]
+    jobs += [[*common, "run.name=stopping", "run.stop_at=2"]]
     return root, ranks.run_jobs(1, jobs, setup=FULL, check=False)
 
 
@@ -184,6 +222,17 @@ def test_a_run_goes_on_without_a_checkpoint_that_could_not_be_saved(policies: tu
     assert [event["step"] for event in failed] == [4]
     assert "MiB needed" in failed[0]["error"]
     assert whole(RunDir(root / "continue")) == [2, 6]
+
+
+@pytest.mark.parametrize(("name", "left"), [("last", [2, 4]), ("last-blocking", [2, 4]), ("stopping", [])])
+def test_nothing_is_finished_or_stopped_whose_last_state_is_lost(
+    name: str, left: list[int], policies: tuple[Path, list[str | None]]
+) -> None:
+    root, errors = policies
+    error = errors[2 + ["last", "last-blocking", "stopping"].index(name)]
+    assert "No space left on device" in (error or "")
+    assert ranks.result(root / name)["status"] == "failed"
+    assert whole(RunDir(root / name)) == left
 
 
 def test_or_stops_if_that_is_the_policy(policies: tuple[Path, list[str | None]]) -> None:

@@ -139,9 +139,10 @@ class Zero(Strategy):
         """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
         from deepspeed.runtime.zero import Init
 
+        dtype = torch.float32 if self.precision == "fp32" else DTYPES[self.precision]
         context = Init(
             config_dict_or_path=self.settings(),
-            dtype=torch.float32 if self.precision == "fp32" else DTYPES[self.precision],
+            dtype=dtype,
             remote_device="cpu" if self.procs.device.type == "cpu" else None,
         )
         placed: dict[int, nn.Parameter] = {}
@@ -157,7 +158,9 @@ class Zero(Strategy):
                 if id(p) not in placed:
                     value = values(names[id(p)])
                     assert value is not None  # 4-bit weights are refused under ZeRO by the config
-                    fresh_p = nn.Parameter(value.to(self.procs.device, p.dtype).clone().view(p.shape), p.requires_grad)
+                    # What is partitioned already keeps its dtype: the engine turns the others into its own, and not these.
+                    value = value.to(self.procs.device, dtype).clone().view(p.shape)
+                    fresh_p = nn.Parameter(value, p.requires_grad)
                     context._convert_to_zero_parameters([fresh_p])
                     placed[id(p)] = fresh_p
                 owner._parameters[leaf] = placed[id(p)]
