@@ -207,7 +207,7 @@ class Lab:
             for world_size, together in sorted(launches.items()):
                 jobs = [self.overrides(cell) for cell in together]
                 for cell, error in zip(
-                    together, ranks.run_jobs(world_size, jobs, setup=setup, check=False), strict=True
+                    together, ranks.run_jobs(world_size, jobs, setup=setup, check=False, timeout_s=3000), strict=True
                 ):
                     self.errors[cell] = error
 
