@@ -31,11 +31,12 @@ STARTS = {
     "sums-in-bf16": ("zero2", "bf16", "accumulation_dtype: asked float32"),
     "trains-bf16-weights": ("ddp", "bf16", "master_dtype: asked float32, got bfloat16"),
     "computes-in-fp32": ("ddp", "bf16", "precision: asked bf16, the model multiplies in float32"),
+    "same-samples": ("ddp", "fp32", "samples: 4 of 8 went to more than one rank"),
     "half-of-each-batch": ("ddp", "fp32", "batch: asked 2 micro-batches of 2, the model got [1, 1]"),
 }
 """What start-up has to refuse: way -> (strategy, precision, words of the error)."""
 NAN = "nan"
-"""The third micro-batch of the last rank has a loss, and so a gradient, that is not a number."""
+"""The gradient of the third micro-batch of the last rank is not a number; its loss is one."""
 RANK_ORDER = "rank-order"
 """Exact numerics that sum gradients rank by rank instead of along the tree."""
 
@@ -74,7 +75,9 @@ def install() -> None:
             losses += 1
             total, count = original(self, model, batch)
             last = not dist.is_initialized() or dist.get_rank() == dist.get_world_size() - 1
-            return (total * float("nan") if way == NAN and losses == 3 and last else total), count
+            if way == NAN and losses == 3 and last:
+                total.register_hook(lambda gradient: gradient * float("nan"))
+            return total, count
 
         return loss
 
@@ -93,6 +96,10 @@ def install() -> None:
     def _(original: Any) -> Any:
         def micro_batches(self: Any, step: int) -> Any:
             found = original(self, step)
+            if way == "same-samples":
+                return [
+                    {**batch, "sample": torch.arange(len(batch["sample"])) + 100 * i} for i, batch in enumerate(found)
+                ]
             half = [{key: value[: len(value) // 2] for key, value in batch.items()} for batch in found]
             return half if way == "half-of-each-batch" else found
 

@@ -117,6 +117,7 @@ SMALL = [
     "log.every=2", "optim.lr=1e-3", "optim.warmup_steps=0",
 ]  # fmt: skip
 POISONED = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2+cpu", "zero3+cpu"]
+BF16 = ["fsdp2", "zero1", "zero2", "zero3"]  # where gradients are found and judged by other code than in fp32
 OFFLOADING = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
 STORAGES = ["uint8", "bf16", "fp32"]
 
@@ -141,6 +142,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str 
     one |= {"single": [*small, "strategy=single"], "single-eight": eight, "single-qlora": lora}
     one["moved"] = [*eight, "run.stop_at=3"]
     two = {f"{s}-{p}--nan": [*small, *where(s), f"train.nonfinite={p}"] for s in POISONED for p in ("stop", "skip")}
+    two |= {f"{s}-bf16-stop--nan": [*small, f"strategy={s}", "train.precision=bf16"] for s in BF16}
     two["ddp-skip-fused--nan"] = [*small, "strategy=ddp", "train.nonfinite=skip", "strategy.fused_optimizer=true"]
     two |= {f"{s}-offloading": [*small, f"strategy={s}", "strategy.activation_offload=true"] for s in OFFLOADING}
     two["fsdp2-both"] = [*two["fsdp2-offloading"], "strategy.activation_checkpointing=1"]
@@ -166,7 +168,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.ranks
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["single", *POISONED])
+@pytest.mark.parametrize("name", ["single", *POISONED, *(f"{s}-bf16" for s in BF16)])
 def test_all_ranks_stop_before_the_update_that_is_not_finite(name: str, runs: tuple) -> None:
     root, errors = runs
     assert "NonFinite" in errors[f"{name}-stop--nan"]

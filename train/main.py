@@ -129,7 +129,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
                 # The engine averages gradients over ranks; `scale` undoes exactly that. The count is all that divides.
                 engine.backward(loss_sum * (engine.scale / max(targets, 1)))
         watch.mark(step, "update")
-        engine.check_step()  # the first: what went through the model is what was asked
+        in_force |= engine.check_step(batches)  # of the first: what went through the model is what was asked
         lr = optim.lr(cfg, step, total_steps)
         try:
             grad_norm = engine.step(lr)  # None: not finite on some rank, skipped on all

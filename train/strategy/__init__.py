@@ -565,6 +565,7 @@ class Strategy:
             "parameter_dtype": trained,
             # The parameter is the master, and its gradient has its dtype; engines where that is not so say otherwise.
             **dict.fromkeys(("master_dtype", "accumulation_dtype", "reduce_dtype"), trained),
+            "optimizer_swapper": None,
             "local_bytes": sum(map(size, parameters.values())),
             "four_bit_bytes": sum(map(size, four_bit)) or None,
             "four_bit_unsharded_bytes": sum(p.numel() * p.element_size() for p in four_bit) or None,
@@ -583,6 +584,10 @@ class Strategy:
                  "gradient_accumulation_steps": micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size),
                  "accumulation_dtype": "float32", "reduce_dtype": "float32", "master_dtype": "float32"}  # fmt: skip
         wrong = [f"{k}: asked {v}, got {got[k]}" for k, v in asked.items() if got[k] != v]
+        if (got["optimizer_swapper"] is not None) != (self.cfg.strategy.offload == "nvme"):
+            wrong.append(
+                f"offload: asked {self.cfg.strategy.offload}, the optimizer's swapper is {got['optimizer_swapper']}"
+            )
         covered = got["micro_batch_size"] * got["gradient_accumulation_steps"] * got["world_size"]
         if covered < self.cfg.train.global_batch_size:
             wrong.append(
@@ -615,10 +620,14 @@ class Strategy:
         ):  # a hook inside a compiled block would split its graph
             self._hooks.append(product.register_forward_hook(multiplied))
 
-    def check_step(self) -> None:
-        """Before the first update: what went through the model is what was asked. Raises Mismatch."""
+    def check_step(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
+        """Before the first update: what went through the model is what was asked, and no two ranks had the same sample.
+        Collective then. Returns what was seen; later on, nothing. Raises Mismatch.
+
+        batches: this rank's micro-batches of the step.
+        """
         if self._seen is None:
-            return
+            return {}
         for hook in self._hooks:
             hook.remove()
         seen, self._seen = self._seen, None
@@ -628,8 +637,18 @@ class Strategy:
             wrong.append(f"batch: asked {steps} micro-batches of {micro}, the model got {seen['batch']}")
         if any(dtype != DTYPES[self.precision] for dtype in seen["dtype"]):
             wrong.append(f"precision: asked {self.precision}, the model multiplies in {dtypes(seen['dtype'])}")
+        mine = [key for b in batches for key, w in zip(zip(b["epoch"].tolist(), b["sample"].tolist(), strict=True),
+                                                       b["weight"].tolist(), strict=True) if w]  # fmt: skip
+        everyone = [key for rank in self.procs.gather(mine) for key in rank]
+        if twice := len(everyone) - len(set(everyone)):
+            wrong.append(f"samples: {twice} of {len(everyone)} went to more than one rank")
         if wrong:
             raise Mismatch("in the first step, " + "; ".join(wrong))
+        return {
+            "seen_micro_batches": seen["batch"],
+            "seen_dtype": dtypes(seen["dtype"]) or None,
+            "seen_samples": len(everyone),
+        }
 
     def close(self) -> None:
         """Release the engine."""

@@ -12,7 +12,10 @@ are made from rounded bf16 weights; compute weights are copies of the masters ev
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import logging
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,8 @@ from train.strategy import (
     micro_steps,
     set_lr,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Zero(Strategy):
@@ -133,7 +138,9 @@ class Zero(Strategy):
         }
 
     def _nvme(self) -> Path:
-        return Path(self.cfg.hardware.nvme_path or self.cfg.run.root) / "nvme"
+        """A place of this run's own: DeepSpeed names its files by rank and parameter only, and clears them when it starts."""
+        own = hashlib.sha256(repr(self.cfg).encode()).hexdigest()[:12]
+        return Path(self.cfg.hardware.nvme_path or self.cfg.run.root) / "nvme" / own
 
     def _partition(self, values: Values) -> None:
         """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
@@ -176,12 +183,23 @@ class Zero(Strategy):
 
     def build_optimizer(self, make_optimizer: MakeOptimizer) -> None:
         optimizer = make_optimizer(self.trainable())
+        if self.procs.is_main:
+            self._announce_builds()
         self.engine, _ = self.accelerator.prepare(self.module, optimizer)
         self.model, self.zero = self.engine, self.engine.optimizer
         self.optimizer = self.zero
         if self.precision != "fp32":  # masters were cloned from rounded weights: give them the unrounded values
             self.load(lambda n, k, s, c: self._initial(n, k, s, c), 0, ["master", *self.kinds()[1:]])
         del self.values
+
+    def _announce_builds(self) -> None:
+        """Say what DeepSpeed is about to compile, which it does without a word, once for a machine."""
+        built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+        needed = {"none": [], "cpu": ["cpu_adam"], "nvme": ["cpu_adam", "async_io"]}[self.cfg.strategy.offload]
+        if missing := [op for op in needed if not any(built.glob(f"**/{op}.so"))]:
+            log.warning("DeepSpeed compiles %s, once on this machine: a minute or more each", " and ".join(missing))
+            for lock in (lock for op in missing for lock in built.glob(f"**/{op}/lock")):
+                log.warning("%s: another process compiles it, or died doing so; then remove that file", lock)
 
     def _initial(self, name: str, kind: str, start: int, count: int) -> Tensor:
         value = self.values(name) if kind == "master" else None
@@ -279,20 +297,27 @@ class Zero(Strategy):
         inner = self.zero.optimizer
         if not all(inner.state.get(f) for f in self._flat() if f.numel()):
             for flat in self._flat():
-                inner.state[flat] = {"step": self._count(0), **{k: torch.zeros_like(flat) for k in self.kinds()[1:]}}
+                inner.state[flat] = {
+                    "step": self._count(0, flat),
+                    **{k: torch.zeros_like(flat) for k in self.kinds()[1:]},
+                }
         if self.stage < 3:
             # Linked anew each time: DeepSpeed links after the step of its first parameter group, before the second has
             # any state, and then believes that it is done.
             self.zero._hp_optimizer_states_linked = False
             self.zero._lazy_init_hp_params_optimizer_state()
 
-    def _count(self, step: int) -> Any:
-        return step if type(self.zero.optimizer).__name__ == "DeepSpeedCPUAdam" else torch.tensor(float(step))
+    def _count(self, step: int, flat: Tensor) -> Any:
+        """A step count as the inner optimizer keeps it: a number, or a tensor, for a fused kernel beside what it steps."""
+        inner = self.zero.optimizer
+        if type(inner).__name__ == "DeepSpeedCPUAdam":
+            return step
+        return torch.tensor(float(step), device=flat.device if inner.defaults.get("fused") else "cpu")
 
     def loaded(self, step: int) -> None:
         for flat in self._flat():
             if "step" in self.zero.optimizer.state[flat]:
-                self.zero.optimizer.state[flat]["step"] = self._count(step)
+                self.zero.optimizer.state[flat]["step"] = self._count(step, flat)
         self.refresh()
 
     def refresh(self) -> None:
@@ -321,6 +346,7 @@ class Zero(Strategy):
         # Stage 1 in bf16 is another class, which knows the first and leaves the second to the engine.
         accumulated = getattr(self.zero, "gradient_accumulation_dtype", None) or self.zero.grad_acc_dtype
         reduced = getattr(self.zero, "communication_data_type", self.engine.communication_data_type)
+        swapper = getattr(self.zero, "optimizer_swapper", None)
         held: list[Any] = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in self.module.parameters()]
         return {
             **super().in_force(),
@@ -334,6 +360,7 @@ class Zero(Strategy):
             "accumulation_dtype": dtypes([accumulated]),
             "reduce_dtype": dtypes([reduced]),
             "master_dtype": dtypes(f.dtype for f in self._flat()),
+            "optimizer_swapper": type(swapper).__name__ if swapper is not None else None,
             "local_bytes": sum(p.numel() * p.element_size() for p in held),
         }
 
@@ -346,4 +373,6 @@ class Zero(Strategy):
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
         self.accelerator.free_memory()
+        if self.cfg.strategy.offload == "nvme" and self.procs.local_rank == 0:
+            shutil.rmtree(self._nvme(), ignore_errors=True)
         unset_hf_deepspeed_config()  # transformers would partition the next model of this process while it builds it
