@@ -80,7 +80,7 @@ def differences(strategy, reader):
     return wrong
 def uncovered(strategy):
     mine = [(name, kind, start, live.numel()) for name, kind, start, live in strategy.held()]
-    everyone = {piece for rank in strategy.procs.gather(mine) for piece in rank}
+    everyone = {tuple(piece) for rank in strategy.procs.gather(mine) for piece in rank}
     kinds = {"master", "exp_avg", "exp_avg_sq"} | ({"ema"} if strategy.cfg.optim.ema else set())
     wrong = []
     for name, shape in strategy.shapes.items():

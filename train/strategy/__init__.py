@@ -639,7 +639,7 @@ class Strategy:
             wrong.append(f"precision: asked {self.precision}, the model multiplies in {dtypes(seen['dtype'])}")
         mine = [key for b in batches for key, w in zip(zip(b["epoch"].tolist(), b["sample"].tolist(), strict=True),
                                                        b["weight"].tolist(), strict=True) if w]  # fmt: skip
-        everyone = [key for rank in self.procs.gather(mine) for key in rank]
+        everyone = [tuple(key) for rank in self.procs.gather(mine) for key in rank]
         if twice := len(everyone) - len(set(everyone)):
             wrong.append(f"samples: {twice} of {len(everyone)} went to more than one rank")
         if wrong:
