@@ -215,6 +215,10 @@ class Lab:
         if cell.source is None:
             return
         here, there = self.path(cell.source), self.path(cell)
+        if self.errors[cell.source]:
+            raise RuntimeError(
+                f"{cell.source.name}, which {cell.name} goes on from, failed: {self.errors[cell.source]}"
+            )
         there.mkdir(parents=True)
         for name in ("config.yaml", "math.json", "data.json", "events.jsonl", "ledger.jsonl", "metrics.jsonl"):
             shutil.copy(here / name, there / name)

@@ -79,12 +79,11 @@ def _worker(jobs: list[list[str]], setup: str) -> None:
 
     from train import config, lifecycle, main
 
-    if int(os.environ["WORLD_SIZE"]) > 1:
+    # One group for all jobs: DeepSpeed remembers its own for the life of the process. Jobs without an engine need none.
+    if int(os.environ["WORLD_SIZE"]) > 1 or not all("strategy=single" in job for job in jobs):
         dist.init_process_group("gloo")
     errors: list[str | None] = []
     for job in jobs:
-        if os.environ["WORLD_SIZE"] == "1":  # each job makes a group of its own, and the last one's port is still taken
-            os.environ["MASTER_PORT"] = str(free_port())
         try:
             main.train(config.compose(job, plugin=os.environ.get("GEARSHIFT_PLUGIN")), lifecycle.Request())
             errors.append(None)

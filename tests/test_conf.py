@@ -25,6 +25,13 @@ def test_every_experiment_composes_with_every_hardware_and_keeps_its_hash(experi
     assert len(hashes) == 1
 
 
+def test_a_setting_that_came_later_leaves_the_hash_of_older_runs_alone() -> None:
+    for key in config.ADDED:
+        assert key not in dict(config.items(config.math_dict(composed()[0], FINGERPRINTS)))
+    start, moved = composed("peft=qlora")[1], composed("peft=qlora", "peft.quant_exclude=[k_proj]")[1]
+    assert start != moved
+
+
 def test_the_hash_moves_with_neither_strategy_slurm_tracker_nor_paths_but_with_what_is_learned() -> None:
     start = composed()[1]
     same = [

@@ -48,6 +48,7 @@ PRIVATE: dict[str, Callable[[], bool]] = {
     # torch
     "_parameters": lambda: has("torch.nn", "Module.register_parameter") and "_parameters" in vars(_module()),
     "_buffers": lambda: "_buffers" in vars(_module()),
+    "_non_persistent_buffers_set": lambda: "_non_persistent_buffers_set" in vars(_module()),
     "_modules": lambda: "_modules" in vars(_module()),
     "_ConvNd": lambda: has("torch.nn.modules.conv", "_ConvNd"),
     "_foreach_norm": lambda: has("torch", "_foreach_norm"),

@@ -76,6 +76,9 @@ UNHASHED = {
     "data.workers", "model.path", "model.revision", "model.gguf_file", "hardware.nvme_path",
 }  # fmt: skip
 """Paths, and what only names content: the math hash has the fingerprints of the content instead."""
+ADDED: dict[str, Any] = {"peft.quant_exclude": []}
+"""Settings that came later, with the value that says what was true before: with it they are in no hash, so that runs that
+were begun without them go on."""
 ALTERNATIVES = (
     ("train.max_steps", "train.max_epochs", "train.max_tokens"),
     ("data.path", "data.sources"),
@@ -860,7 +863,11 @@ def _hashed(cfg: Config, groups: Sequence[str]) -> dict[str, Any]:
             return [kept(item, prefix) for item in data]
         if not isinstance(data, Mapping):
             return data
-        return {name: kept(value, f"{prefix}{name}.") for name, value in data.items() if prefix + name not in UNHASHED}
+        return {
+            name: kept(value, f"{prefix}{name}.")
+            for name, value in data.items()
+            if prefix + name not in UNHASHED and ADDED.get(prefix + name, ...) != value
+        }
 
     return kept({group: value for group, value in to_dict(cfg).items() if group in groups}, "")
 
