@@ -327,7 +327,7 @@ class Strategy:
         if self.cfg.optim.ema is not None:
             self.ema = {n: t.clone() for n, kind, _, t in self._masters() if kind == "master"}
         self._observe()
-        self._buffers = {n: b.detach().clone() for n, b in persistent_buffers(module)}
+        self._first_buffers = {n: b.detach().clone() for n, b in persistent_buffers(module)}
 
     def wrap(self, values: Values, blocks: list[nn.Module]) -> None:
         raise NotImplementedError
@@ -599,7 +599,7 @@ class Strategy:
 
     def changed_buffers(self) -> list[str]:
         """Names of persistent buffers that are not what they were when the run began: no checkpoint holds them."""
-        return [n for n, b in persistent_buffers(self.module) if not torch.equal(b, self._buffers[n])]
+        return [n for n, b in persistent_buffers(self.module) if not torch.equal(b, self._first_buffers[n])]
 
     def _observe(self) -> None:
         """Watch what goes through the model until the first update: engines hold neither the batch that they really get nor,
