@@ -20,7 +20,7 @@ import pytest
 from launch import local
 from train import config
 from train.config import Config, ConfigError
-from train.rundir import RunDir
+from train.rundir import Lock, RunDir
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -74,7 +74,7 @@ leave("stopped", reason=run.stop_reason())
 SUPERVISOR = """
 import json, sys
 from launch.local import Launch, supervise
-from train.rundir import RunDir
+from train.rundir import Lock, RunDir
 command, restarts, path = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.exit(supervise(Launch(command, {}, restarts), RunDir(path), lambda text: print(text, flush=True)))
 """
@@ -147,6 +147,20 @@ def test_a_result_of_an_earlier_attempt_is_not_trusted(run: RunDir) -> None:
     assert start(run, "nothing").wait(30) == 1
 
 
+def test_a_start_that_lost_the_race_leaves_the_winners_run_alone(run: RunDir) -> None:
+    """Both have seen a free run; one has it by now, and the other's ranks are refused."""
+    lock = Lock.acquire(run)
+    run.write_result("running", lock.attempt)
+    run.ask_to_stop("the winner's")
+    assert start(run, "finish", restarts=3).wait(30) == 1
+    assert result_of(run) == ("running", None)
+    assert run.stop_reason() == "the winner's"
+    assert run.last_attempt() == lock.attempt
+    lock.release()
+    assert start(run, "finish").wait(30) == 0
+    assert run.stop_reason() is None
+
+
 def test_a_death_is_written_down(run: RunDir) -> None:
     start(run, "die").wait(30)
     assert result_of(run) == ("failed", "the ranks died (exit code -9)")
@@ -186,9 +200,20 @@ def test_the_rank_that_knows_most_is_believed_and_ends_the_run(run: RunDir) -> N
         assert run.last_attempt() == before + 1
 
 
-def test_a_restart_goes_on_from_where_it_was_and_not_back_again(run: RunDir) -> None:
+@pytest.mark.parametrize(
+    ("what", "exit_code", "words"),
+    [
+        ("save_and_die", 1, "--step 3 --accept;--accept;"),  # what it has saved since is what it goes on from
+        (
+            "die_once",
+            0,
+            "--step 3 --accept;--step 3 --accept;",
+        ),  # else later steps that it was to leave would come back
+    ],
+)
+def test_a_restart_goes_on_from_where_it_was(run: RunDir, what: str, exit_code: int, words: str) -> None:
     code = SUPERVISOR.replace("Launch(command", "Launch([*command, '--step', '3', '--accept']")
-    command = json.dumps([sys.executable, "-c", RANK + "\n", str(run.path), "die_once"])
+    command = json.dumps([sys.executable, "-c", RANK + "\n", str(run.path), what])
     seen = run.path / "seen"
     command = command.replace(
         "lock = Lock.acquire(run)", f"open('{seen}', 'a').write(' '.join(sys.argv[3:]) + ';'); lock = Lock.acquire(run)"
@@ -196,8 +221,8 @@ def test_a_restart_goes_on_from_where_it_was_and_not_back_again(run: RunDir) -> 
     done = subprocess.run(
         [sys.executable, "-c", code, command, "1", str(run.path)], cwd=REPOSITORY, check=False, timeout=30
     )
-    assert done.returncode == 0
-    assert seen.read_text() == "--step 3 --accept;--accept;"
+    assert done.returncode == exit_code
+    assert seen.read_text() == words
 
 
 # ---------------------------------------------------------------------------------------------------------- signals
