@@ -199,12 +199,19 @@ def test_a_preflight_leaves_no_trace(base: list[str], world_size: int) -> None:
         assert losses[0] == losses[1]
 
 
+FORGETS_NOTHING = """
+from train.strategy import Strategy
+Strategy.forget = lambda self: [seen.clear() for seen in self._seen.values()]
+"""
+"""But what it saw go through the model: that would end the run at its first step."""
+
+
 def test_a_preflight_that_forgets_nothing_is_seen(base: list[str]) -> None:
     """The negative control: moments and counters that stay change every step that follows."""
     jobs = [
         [*base, "strategy=single", f"run.name=control-{wanted}", f"run.preflight={wanted}"]
         for wanted in ("false", "true")
     ]
-    ranks.run_jobs(1, jobs, setup="from train.strategy import Strategy; Strategy.forget = lambda self: None")
+    ranks.run_jobs(1, jobs, setup=FORGETS_NOTHING)
     hashes = {ranks.result(run_dir(base, f"control-{wanted}").path)["state_hash"] for wanted in ("false", "true")}
     assert len(hashes) == 2
