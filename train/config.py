@@ -434,8 +434,8 @@ class RunConfig:
     fit: Literal["error", "warn"] = "error"
     """`error` refuses a plan that does not fit, `warn` starts all the same."""
     preflight: bool | None = None
-    """Before the first step, run one that changes nothing, so that running out of memory comes first. `null` is on CUDA:
-    on a CPU it would be most of the start-up time."""
+    """Before the first step, run one that changes nothing, so that running out of memory comes first. `null` is on CUDA,
+    and under DDP on three ranks or more, which lays out its buckets then: a resume would do so later, and end in other bits."""
     max_restarts: Natural = 0
     """Restarts inside a job after an unexplained death of a rank."""
     step_timeout_s: Positive = 1800.0

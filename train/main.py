@@ -60,7 +60,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
     loader = Loader(train_sets, sequence, rank=procs.rank, world_size=procs.world_size, seed=cfg.seed,
                     micro_batch_size=engine.micro_batch_size, device=procs.device, workers=cfg.data.workers)  # fmt: skip
 
-    if cfg.run.preflight if cfg.run.preflight is not None else procs.device.type == "cuda":
+    if cfg.run.preflight if cfg.run.preflight is not None else procs.device.type == "cuda" or engine.settles:
         lifecycle.preflight(cfg, engine, task, list(map(loader.to_device, loader.micro_batches(0))), procs)
 
     # ---------------------------------------------------------------------------------- Where the weights come from

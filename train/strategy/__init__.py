@@ -296,6 +296,11 @@ class Strategy:
         self._loss: Tensor | None = None
         self.ema: dict[str, Tensor] = {}  # name -> moving average of what this rank owns of the master
 
+    @property
+    def settles(self) -> bool:
+        """Whether the engine arranges itself by its first backward pass, so that the one after a resume is another."""
+        return False
+
     # -- wrapping
 
     def prepare(

@@ -36,6 +36,12 @@ class DDP(Strategy):
         alone = self.procs.world_size == 1
         self.model = DistributedDataParallel(self.module) if alone else self.accelerator.prepare_model(self.module)
 
+    @property
+    def settles(self) -> bool:
+        """Buckets follow the order in which gradients came first, and where a parameter lies in its bucket decides in which
+        order ranks are added. Two numbers have one sum."""
+        return self.procs.world_size > 2
+
     @contextlib.contextmanager
     def micro_step(self, *, last: bool) -> Iterator[None]:
         held: Any = contextlib.nullcontext() if last else self.model.no_sync()

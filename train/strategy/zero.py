@@ -222,6 +222,8 @@ class Zero(Strategy):
     def step(self, lr: float) -> Tensor | None:
         """DeepSpeed clips by its own config, and leaves the state alone when the norm that all ranks share is not finite."""
         set_lr(self.zero, lr)
+        if type(self.zero.optimizer).__name__ == "DeepSpeedCPUAdam":
+            self._forget_powers()
         self.engine.step()
         if self.zero.overflow:
             if self.cfg.train.nonfinite == "skip":
@@ -229,6 +231,14 @@ class Zero(Strategy):
             raise NonFinite("gradient norm is not finite")
         self.update_ema()
         return torch.as_tensor(float(self.engine.get_global_grad_norm()))
+
+    def _forget_powers(self) -> None:
+        """DeepSpeedCPUAdam keeps beta ** step as a running product, which a resumed run has not: other bits. Another beta in
+        between, on a number that nobody uses, makes it take the power of the step anew."""
+        one, inner = torch.ones(1), self.zero.optimizer
+        inner.ds_opt_adam.adam_update(
+            inner.opt_id, 1, 0.0, 0.5, 0.5, 1.0, 0.0, True, one, one.clone(), one.clone(), one.clone()
+        )
 
     # -- owned ranges
 
