@@ -245,12 +245,19 @@ def verified(run: Path) -> list[str]:
     return ledger.verify(rundir.RunDir(run))["problems"]
 
 
+def last_attempt(run: Path) -> int:
+    from train import rundir
+
+    return rundir.RunDir(run).last_attempt()
+
+
 def gone_on_from(run: Path, since: int, before: int) -> list[str]:
     """What is wrong with where the attempts after `since` began, when step `before` had been saved."""
-    begun = [e for e in jsonl(run / "events.jsonl") if e["kind"] in ("start", "resume") and e["attempt"] > since]
-    return [
-        f"attempt {e['attempt']} began from step {e['step']}, not {before}" for e in begun[:1] if e["step"] != before
-    ]
+    events = (e for e in jsonl(run / "events.jsonl") if e["kind"] in ("start", "resume") and e["attempt"] > since)
+    first = next(events, {"step": before})
+    return (
+        [] if first["step"] == before else [f"attempt {first['attempt']} began from step {first['step']}, not {before}"]
+    )
 
 
 def truth(run: Path) -> tuple[str | None, list[str]]:
@@ -335,7 +342,7 @@ class Campaign:
 
     def _kill_once(self, run: Path, variant: list[str], control: bool) -> dict[str, Any]:
         before = newest(run)[0] if run.exists() else 0
-        since = max((e["attempt"] for e in jsonl(run / "events.jsonl")), default=0)
+        since = last_attempt(run)
         left = 1 - before / STEPS
         delay, kill_at, act, where = 0.0, None, None, "time"
         kinds = self.control_kinds if control else self.kinds
@@ -365,7 +372,7 @@ class Campaign:
     def _finish(self, run: Path, variant: list[str], rows: list[dict[str, Any]], control: bool) -> None:
         """Let it run to its end; what is wrong then is held against the last kill."""
         before = newest(run)[0]
-        since = max((e["attempt"] for e in jsonl(run / "events.jsonl")), default=0)
+        since = last_attempt(run)
         code = outcome(start(self.command(run.name, *variant), self.root / "log"))
         problems = gone_on_from(run, since, before)
         if code:

@@ -168,9 +168,7 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
             )
             code = child.wait()
             _wait_for_rest(known, STRAGGLER_S if code == 0 or _ended(run, attempt) else SHUTDOWN_S)
-            if _is_anothers(
-                run
-            ):  # its ranks were faster, ours are gone and have said so; result and requests are its own
+            if _is_anothers(run):  # its ranks were faster, ours have said so; result and requests are its own
                 return rundir.EXIT_FAILED
             result = _result(run, attempt, code)
             progress = rundir.committed(run) != saved
@@ -188,9 +186,7 @@ def supervise(launch: Launch, run: RunDir, say: Callable[[str], None]) -> int:
                 say(why)
                 break
             say(f"The run died ({why}): restart {start + 1} of {launch.restarts}.")
-            if (
-                progress and "--step" in command
-            ):  # this start goes on from what is saved since the first went back to it
+            if progress and "--step" in command:  # the next start goes on from what was saved since
                 at = command.index("--step")
                 del command[at : at + 2]
     run.clear_requests()

@@ -13,11 +13,11 @@ from tests import ranks
 
 
 @pytest.mark.pulse
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 def test_no_kill_and_no_stop_at_a_random_moment_costs_more_than_it_may(tmp_path: Path) -> None:
     """The control, a saver that writes in place, is killed while it writes, and must lose its run."""
     script, raw = ranks.ROOT / "benchmarks" / "kill.py", tmp_path / "raw.jsonl"
-    amounts = ["--points", "12", "--control", "6", "--stops", "6"]
+    amounts = ["--points", "12", "--control", "20", "--stops", "6"]  # a control is hit in one of four
     command = [sys.executable, str(script), *amounts, "--raw", str(raw), "--to", str(tmp_path / "table.md")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ranks.ROOT, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]  # the seed is in the first line

@@ -74,7 +74,7 @@ leave("stopped", reason=run.stop_reason())
 SUPERVISOR = """
 import json, sys
 from launch.local import Launch, supervise
-from train.rundir import Lock, RunDir
+from train.rundir import RunDir
 command, restarts, path = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 sys.exit(supervise(Launch(command, {}, restarts), RunDir(path), lambda text: print(text, flush=True)))
 """
@@ -204,11 +204,8 @@ def test_the_rank_that_knows_most_is_believed_and_ends_the_run(run: RunDir) -> N
     ("what", "exit_code", "words"),
     [
         ("save_and_die", 1, "--step 3 --accept;--accept;"),  # what it has saved since is what it goes on from
-        (
-            "die_once",
-            0,
-            "--step 3 --accept;--step 3 --accept;",
-        ),  # else later steps that it was to leave would come back
+        # Else later steps that it was to leave would come back.
+        ("die_once", 0, "--step 3 --accept;--step 3 --accept;"),
     ],
 )
 def test_a_restart_goes_on_from_where_it_was(run: RunDir, what: str, exit_code: int, words: str) -> None:

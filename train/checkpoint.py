@@ -193,12 +193,8 @@ class Checkpointer:
             file.unlink()
         rundir.atomic_write(temporary / "manifest.json", json.dumps(manifest))
         rundir.sync_directory(temporary)
-        for file in (
-            self.run.ledger,
-            self.run.metrics,
-            self.run.events,
-        ):  # what led here is as durable as what it led to
-            rundir.sync_file(file)
+        for file in (self.run.ledger, self.run.metrics, self.run.events):
+            rundir.sync_file(file)  # what led here is as durable as what it led to
         if self.lock is not None:
             self.lock.check()
         final = self.run.checkpoint(step)
@@ -464,7 +460,7 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
 
 def _last(run: RunDir, steps: list[int]) -> int:
     """The newest step of the newest attempt: what it has saved last, else what it began from."""
-    began = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "resume"] if run.events.exists() else []
+    began = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "resume"]
     attempts = {step: _attempt(run.checkpoint(step)) for step in steps}
     newest = max(steps, key=lambda step: (attempts[step], step), default=0)
     if began and began[-1]["attempt"] > attempts.get(newest, 0) and began[-1]["step"] in steps:

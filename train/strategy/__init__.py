@@ -620,9 +620,7 @@ class Strategy:
 
         self._hooks = [self.module.register_forward_pre_hook(entered, with_kwargs=True)]
         product = next((m for m in self.module.modules() if isinstance(m, nn.Linear | nn.Conv2d)), None)
-        if (
-            product is not None and not self.cfg.strategy.compile
-        ):  # a hook inside a compiled block would split its graph
+        if product is not None and not self.cfg.strategy.compile:  # a hook in a compiled block would split its graph
             self._hooks.append(product.register_forward_hook(multiplied))
 
     def check_step(self, batches: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -721,6 +719,7 @@ def materialise(module: nn.Module, device: torch.device, values: Values) -> None
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, buffer) of those that a state dict would hold; made without one, which engines gather for."""
     for prefix, owner in module.named_modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and name not in owner._non_persistent_buffers_set:

@@ -146,7 +146,7 @@ class Zero(Strategy):
         """Make, fill and partition one parameter at a time: no rank ever holds the whole model."""
         from deepspeed.runtime.zero import Init
 
-        dtype = torch.float32 if self.precision == "fp32" else DTYPES[self.precision]
+        dtype = DTYPES[self.precision]
         context = Init(
             config_dict_or_path=self.settings(),
             dtype=dtype,
@@ -198,8 +198,8 @@ class Zero(Strategy):
         needed = {"none": [], "cpu": ["cpu_adam"], "nvme": ["cpu_adam", "async_io"]}[self.cfg.strategy.offload]
         if missing := [op for op in needed if not any(built.glob(f"**/{op}.so"))]:
             log.warning("DeepSpeed compiles %s, once on this machine: a minute or more each", " and ".join(missing))
-            for lock in (lock for op in missing for lock in built.glob(f"**/{op}/lock")):
-                log.warning("%s: another process compiles it, or died doing so; then remove that file", lock)
+        for lock in [lock for op in missing for lock in built.glob(f"**/{op}/lock")]:
+            log.warning("%s: another process compiles it, or died doing so; then remove that file", lock)
 
     def _initial(self, name: str, kind: str, start: int, count: int) -> Tensor:
         value = self.values(name) if kind == "master" else None
@@ -222,7 +222,7 @@ class Zero(Strategy):
     def step(self, lr: float) -> Tensor | None:
         """DeepSpeed clips by its own config, and leaves the state alone when the norm that all ranks share is not finite."""
         set_lr(self.zero, lr)
-        if type(self.zero.optimizer).__name__ == "DeepSpeedCPUAdam":
+        if self._steps_on_host:
             self._forget_powers()
         self.engine.step()
         if self.zero.overflow:
@@ -231,6 +231,10 @@ class Zero(Strategy):
             raise NonFinite("gradient norm is not finite")
         self.update_ema()
         return torch.as_tensor(float(self.engine.get_global_grad_norm()))
+
+    @property
+    def _steps_on_host(self) -> bool:
+        return type(self.zero.optimizer).__name__ == "DeepSpeedCPUAdam"
 
     def _forget_powers(self) -> None:
         """DeepSpeedCPUAdam keeps beta ** step as a running product, which a resumed run has not: other bits. Another beta in
@@ -319,10 +323,10 @@ class Zero(Strategy):
 
     def _count(self, step: int, flat: Tensor) -> Any:
         """A step count as the inner optimizer keeps it: a number, or a tensor, for a fused kernel beside what it steps."""
-        inner = self.zero.optimizer
-        if type(inner).__name__ == "DeepSpeedCPUAdam":
+        if self._steps_on_host:
             return step
-        return torch.tensor(float(step), device=flat.device if inner.defaults.get("fused") else "cpu")
+        fused = self.zero.optimizer.defaults.get("fused")
+        return torch.tensor(float(step), device=flat.device if fused else "cpu")
 
     def loaded(self, step: int) -> None:
         for flat in self._flat():
