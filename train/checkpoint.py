@@ -442,8 +442,10 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
     """
     steps = rundir.committed(run)
     if which == "last":
-        last = _last(run, steps)
-        yield from (run.checkpoint(s) for s in reversed(steps) if s <= last)
+        attempts = {step: _attempt(run.checkpoint(step)) for step in steps}
+        last = _last(run, attempts)
+        # One whose attempt cannot be read is damaged: whoever verifies it names it and passes on.
+        yield from (run.checkpoint(s) for s in reversed(steps) if s <= last or not attempts[s])
         return
     wanted: int | None
     if which == "best":
@@ -458,18 +460,17 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
     yield run.checkpoint(wanted)
 
 
-def _last(run: RunDir, steps: list[int]) -> int:
+def _last(run: RunDir, attempts: dict[int, int]) -> int:
     """The newest step of the newest attempt: what it has saved last, else what it began from."""
     began = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "resume"]
-    attempts = {step: _attempt(run.checkpoint(step)) for step in steps}
-    newest = max(steps, key=lambda step: (attempts[step], step), default=0)
-    if began and began[-1]["attempt"] > attempts.get(newest, 0) and began[-1]["step"] in steps:
+    newest = max(attempts, key=lambda step: (attempts[step], step), default=0)
+    if began and began[-1]["attempt"] > attempts.get(newest, 0) and began[-1]["step"] in attempts:
         return began[-1]["step"]
     return newest
 
 
 def _attempt(path: Path) -> int:
-    """The attempt that wrote a checkpoint, from the first bytes of its manifest, which may be long; 0 if it is not there."""
+    """The attempt that wrote a checkpoint, from the first bytes of its manifest, which may be long; 0 if they do not tell."""
     with suppress(OSError), open(path / "manifest.json", "rb") as file:
         found = re.search(rb'"attempt": (\d+)', file.read(200))
         return int(found[1]) if found else 0
