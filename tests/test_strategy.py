@@ -76,6 +76,28 @@ def test_ranks_that_would_each_train_alone_are_refused(monkeypatch: pytest.Monke
         dist.destroy_process_group()
 
 
+def test_what_accelerate_would_have_changed_is_named_and_does_not_win(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a saved `accelerate config` for ZeRO-2 with offloading exports, beside what every launch does."""
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "FSDP_", "RANK", "WORLD_SIZE"))}
+    always = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_USE_CPU": "False",
+              "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "none"}  # fmt: skip
+    agrees = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    hostile = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+               "ACCELERATE_GRADIENT_CLIPPING": "0.3", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json",
+               "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4", "ACCELERATE_USE_FSDP": "true"}  # fmt: skip
+    cfg = config.compose(["experiment=lm_stdlib", "hardware=cpu", "strategy=zero3"])
+    for exported, named in (({**always, **agrees}, {}), ({**always, **agrees, **hostile}, hostile)):
+        monkeypatch.setattr(os, "environ", {**own, **exported})
+        caplog.clear()
+        strategy._neutralise_environment(cfg, "zero3")
+        assert os.environ == own
+        told = " ".join(r.getMessage() for r in caplog.records)
+        assert {key for key in exported if f"{key}=" in told} == set(named)
+        assert ("strategy=zero3" in told) == bool(named)
+
+
 # ---- The same bits ---------------------------------------------------------------------------------------------------
 
 

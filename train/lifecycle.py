@@ -272,16 +272,12 @@ def due(wish: str | None, counters: dict[str, Any], cfg: Config, procs: Processe
 
 
 def count_skipped(cfg: Config, counters: dict[str, Any], grad_norm: float | None) -> None:
-    """Note a step's gradient norm: None, or not finite, is a step that was skipped. Raises NonFinite above the cap.
-
-    A norm that is not finite comes from a fused update, which skips on the device: the loop counted that as one.
-    """
+    """Note a step's gradient norm: None is a step that was skipped. Raises NonFinite above the cap."""
     from train.strategy import NonFinite
 
-    if grad_norm is not None and math.isfinite(grad_norm):
+    if grad_norm is not None:
         counters["skipped"] = 0
         return
-    counters["updates"] -= grad_norm is not None
     counters["skipped"] += 1
     if counters["skipped"] > cfg.train.nonfinite_cap:
         raise NonFinite(f"{counters['skipped']} steps in a row (train.nonfinite_cap={cfg.train.nonfinite_cap})")
@@ -308,6 +304,8 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
                      parent=saved.manifest["attempt"] if saved else 0,  # who saved what this attempt goes on from
                      exec_hash=opened.hashes["exec_hash"], world_size=in_force["world_size"])  # fmt: skip
     trained, total = parameters
+    asked = in_force["asked"]
+    beside = {k: v for k, v in in_force.items() if v is not None and k not in ("asked", *asked)}
     unit = f" x {cfg.data.seq_len} tokens" if cfg.task.name == "causal_lm" else ""
     lines = [
         f"run {run.path.name}  attempt {opened.attempt}  math {opened.hashes['math_hash'][:8]}  "
@@ -317,10 +315,11 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
         f"{prepared.info['val_samples']:,} for validation",
         f"  step       {G} samples{unit} = micro-batch {in_force['micro_batch_size']} x "
         f"{in_force['gradient_accumulation_steps']} accumulated x {in_force['world_size']} ranks",
-        f"  asked      strategy={opened.asked} offload={cfg.strategy.offload} precision={cfg.train.precision} "
-        f"numerics={cfg.numerics}",
+        f"  typed      strategy={opened.asked}",
         "  planned    " + describe.planned(opened.plan),
-        "  in force   " + " ".join(f"{k}={v}" for k, v in in_force.items() if v is not None),
+        f"  {'':<30}{'asked':<12}in force",
+        *(f"    {key:<28}{value!s:<12}{in_force[key]}" for key, value in asked.items()),
+        "  and        " + " ".join(f"{k}={v}" for k, v in beside.items()),
         f"  duration   {total_steps:,} steps" + (f", from step {step:,}" if step else ""),
     ]
     if cfg.numerics == "exact":

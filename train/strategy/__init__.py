@@ -178,7 +178,7 @@ def start(cfg: Config) -> Processes:
             ]
         )
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
-    _neutralise_environment(name)
+    _neutralise_environment(cfg, name)
 
     wanted = cfg.hardware.device
     kind = wanted if wanted != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
@@ -246,24 +246,37 @@ def _store(rank: int, world_size: int) -> dist.Store:
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-# `accelerate launch` always exports ACCELERATE_MIXED_PRECISION and ACCELERATE_DYNAMO_*, in these words where not set.
-_UNSET = {"no", "false", "default"}
-# Set by the launch flags we document (--multi_gpu, --use_deepspeed, --cpu), which choose processes, not the engine.
-_HARMLESS = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_DEEPSPEED_",
-             "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE", "ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU")  # fmt: skip
+# `accelerate launch` exports most of its variables always, in these words where nothing was set.
+_UNSET = {"no", "false", "default", "none"}
+# Of a launch with --use_deepspeed, or about processes and loading: they choose nothing that the config chooses.
+_HARMLESS = ("ACCELERATE_USE_CPU", "ACCELERATE_CONFIG_DS_FIELDS", "ACCELERATE_CPU_AFFINITY", "ACCELERATE_DEBUG_MODE",
+             "ACCELERATE_USE_IPEX", "ACCELERATE_USE_XPU", "ACCELERATE_DEEPSPEED_ZERO3_", "ACCELERATE_DEEPSPEED_MOE_")  # fmt: skip
 
 
-def _neutralise_environment(name: str) -> None:
+def _neutralise_environment(cfg: Config, name: str) -> None:
     """Take Accelerate's variables out of the environment: the engine, its precision and its accumulation come from the
     config alone. What a user's saved `accelerate config` would have changed is named once."""
+    s, zero = cfg.strategy, name.startswith("zero")
+    same = {
+        "ACCELERATE_MIXED_PRECISION": cfg.train.precision,
+        "ACCELERATE_USE_FSDP": "true" if name == "fsdp2" else "",
+        "FSDP_VERSION": "2" if name == "fsdp2" else "",
+        "ACCELERATE_USE_DEEPSPEED": "true" if zero else "",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE": name[-1] if zero else "",
+        "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": s.offload,
+        "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": s.offload if s.offload_parameters else "",
+        "ACCELERATE_GRADIENT_CLIPPING": str(cfg.optim.clip),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",  # which is what is exported where none were asked for
+    }
     foreign = []
     for key in [k for k in os.environ if k.startswith(("ACCELERATE_", "FSDP_"))]:
         value = os.environ.pop(key)
-        if value.lower() not in _UNSET and not key.startswith(_HARMLESS):
+        if value.lower() not in (*_UNSET, same.get(key)) and not key.startswith(_HARMLESS):
             foreign.append(f"{key}={value}")
     if foreign and os.environ.get("RANK", "0") == "0":
-        log.warning("ignored %s (from an accelerate config or the environment): strategy=%s and train.precision decide",
-                    ", ".join(sorted(foreign)), name)  # fmt: skip
+        log.warning("ignored %s (from an accelerate config or the environment): the config decides, strategy=%s "
+                    "strategy.offload=%s train.precision=%s optim.clip=%s", ", ".join(sorted(foreign)), name, s.offload,
+                    cfg.train.precision, cfg.optim.clip)  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -375,9 +388,10 @@ class Strategy:
         Raises NonFinite, on every rank, before anything was changed.
         """
         norm = self.grad_norm()
-        if self.optimizer.defaults.get("fused") and self.cfg.numerics == "fast":
+        if self.optimizer.defaults.get("fused") and self.cfg.numerics == "fast" and self.cfg.train.nonfinite == "stop":
             # The kernel itself leaves weights and state alone when this is 1, so the host need not wait for the device in
-            # every step; it learns of it when the metrics are fetched (`judge`).
+            # every step; it learns of it when the metrics are fetched (`judge`), which ends the run. A step that is skipped
+            # while the run goes on is known at once: the ledger and the moving average have to know.
             self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
         elif not self.finite(norm):
             return None
@@ -558,6 +572,7 @@ class Strategy:
         return {
             "strategy": self.name_in_force(),
             "offload": "none",
+            "offload_parameters": False,
             "world_size": dist.get_world_size() if dist.is_initialized() else 1,
             "zero_stage": 0,
             "precision": self.precision,
@@ -572,6 +587,7 @@ class Strategy:
             **dict.fromkeys(("master_dtype", "accumulation_dtype", "reduce_dtype"), trained),
             "optimizer_swapper": None,
             "local_bytes": sum(map(size, parameters.values())),
+            "local_bytes_at_most": sum(p.numel() * p.element_size() for p in parameters.values()),
             "four_bit_bytes": sum(map(size, four_bit)) or None,
             "four_bit_unsharded_bytes": sum(p.numel() * p.element_size() for p in four_bit) or None,
             "device": str(self.procs.device),
@@ -581,14 +597,24 @@ class Strategy:
     def name_in_force(self) -> str:
         raise NotImplementedError
 
+    def asked(self) -> dict[str, Any]:
+        """What `in_force` has to say of the same keys."""
+        s = self.cfg.strategy
+        return {"strategy": self.name, "world_size": self.procs.world_size, "precision": self.precision,
+                "zero_stage": int(self.name[-1]) if self.name.startswith("zero") else 0,
+                "offload": s.offload, "offload_parameters": s.offload != "none" and s.offload_parameters,
+                "micro_batch_size": self.micro_batch_size, "clip": self.cfg.optim.clip,
+                "gradient_accumulation_steps": micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size),
+                "accumulation_dtype": "float32", "reduce_dtype": "float32", "master_dtype": "float32"}  # fmt: skip
+
     def check(self) -> dict[str, Any]:
-        """Compare what is in force with what was asked. Raises Mismatch, naming every difference."""
-        got = self.in_force()
-        asked = {"strategy": self.name, "world_size": self.procs.world_size, "offload": self.cfg.strategy.offload,
-                 "precision": self.precision, "micro_batch_size": self.micro_batch_size, "clip": self.cfg.optim.clip,
-                 "gradient_accumulation_steps": micro_steps(self.cfg, self.procs.world_size, self.micro_batch_size),
-                 "accumulation_dtype": "float32", "reduce_dtype": "float32", "master_dtype": "float32"}  # fmt: skip
+        """Compare what is in force with what was asked; return both. Raises Mismatch, naming every difference."""
+        got, asked = self.in_force(), self.asked()
         wrong = [f"{k}: asked {v}, got {got[k]}" for k, v in asked.items() if got[k] != v]
+        if got["local_bytes"] > got["local_bytes_at_most"]:
+            wrong.append(
+                f"local bytes: {got['local_bytes_at_most']:,} of the parameters at most, got {got['local_bytes']:,}"
+            )
         if (got["optimizer_swapper"] is not None) != (self.cfg.strategy.offload == "nvme"):
             wrong.append(
                 f"offload: asked {self.cfg.strategy.offload}, the optimizer's swapper is {got['optimizer_swapper']}"
@@ -600,7 +626,7 @@ class Strategy:
             )
         if wrong:
             raise Mismatch("; ".join(wrong))
-        return got
+        return {**got, "asked": asked}
 
     def changed_buffers(self) -> list[str]:
         """Names of persistent buffers that are not what they were when the run began: no checkpoint holds them."""

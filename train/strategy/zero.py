@@ -361,12 +361,17 @@ class Zero(Strategy):
         accumulated = getattr(self.zero, "gradient_accumulation_dtype", None) or self.zero.grad_acc_dtype
         reduced = getattr(self.zero, "communication_data_type", self.engine.communication_data_type)
         swapper = getattr(self.zero, "optimizer_swapper", None)
-        held: list[Any] = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in self.module.parameters()]
+        parameters: list[Any] = list(self.module.parameters())
+        held = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in parameters]
+        whole = [getattr(p, "ds_numel", p.numel()) for p in parameters]
+        share = [-(-n // self.procs.world_size) if self.stage == 3 else n for n in whole]
+        moved = self.engine.zero_offload_param()
         return {
             **super().in_force(),
             "world_size": self.engine.dp_world_size,
             "zero_stage": stage,
             "offload": device,
+            "offload_parameters": moved is not None and str(getattr(moved.device, "value", moved.device)) == device,
             "gradient_accumulation_steps": self.engine.gradient_accumulation_steps(),
             "micro_batch_size": self.engine.train_micro_batch_size_per_gpu(),
             "clip": self.engine.gradient_clipping() or None,
@@ -376,6 +381,7 @@ class Zero(Strategy):
             "master_dtype": dtypes(f.dtype for f in self._flat()),
             "optimizer_swapper": type(swapper).__name__ if swapper is not None else None,
             "local_bytes": sum(p.numel() * p.element_size() for p in held),
+            "local_bytes_at_most": sum(n * p.element_size() for n, p in zip(share, parameters, strict=True)),
         }
 
     def name_in_force(self) -> str:
