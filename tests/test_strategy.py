@@ -141,6 +141,8 @@ SMALL = [
 POISONED = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero2+cpu", "zero3+cpu"]
 BF16 = ["fsdp2", "zero1", "zero2", "zero3"]  # where gradients are found and judged by other code than in fp32
 OFFLOADING = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
+LEVERS = ["ddp", "fsdp2", "zero1", "zero2", "zero3", "zero3+cpu"]
+FIVE = ["ddp", "fsdp2", "zero2", "zero3"]
 STORAGES = ["uint8", "bf16", "fp32"]
 
 
@@ -151,7 +153,7 @@ def where(name: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str | None]]:
-    """(root, name of a run -> how it ended): a launch of one rank and one of two."""
+    """(root, name of a run -> how it ended): a launch of one rank, one of two, one of five."""
     root = tmp_path_factory.mktemp("runs")
     base = equivalence.base_model(root)
     small = [*SMALL, f"run.root={root}"]
@@ -163,16 +165,22 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str 
     one = {f"single-{p}--nan": [*small, "strategy=single", f"train.nonfinite={p}"] for p in ("stop", "skip")}
     one |= {"single": [*small, "strategy=single"], "single-eight": eight, "single-qlora": lora}
     one["moved"] = [*eight, "run.stop_at=3"]
+    odd = [*small, "train.global_batch_size=8", "strategy.micro_batch_size=1", "data=chat", "data.path=stdlib"]
+    odd += ["data.glob=null", "data.tokenizer=bytes", "data.seq_len=256"]  # packed rows: uneven counts of tokens
+    one["single-odd"] = odd
     two = {f"{s}-{p}--nan": [*small, *where(s), f"train.nonfinite={p}"] for s in POISONED for p in ("stop", "skip")}
     two |= {f"{s}-bf16-stop--nan": [*small, f"strategy={s}", "train.precision=bf16"] for s in BF16}
     two["ddp-skip-fused--nan"] = [*small, "strategy=ddp", "train.nonfinite=skip", "strategy.fused_optimizer=true"]
     two |= {f"{s}-offloading": [*small, f"strategy={s}", "strategy.activation_offload=true"] for s in OFFLOADING}
     two["fsdp2-both"] = [*two["fsdp2-offloading"], "strategy.activation_checkpointing=1"]
     two |= {"ddp-eight": [*eight, "strategy=ddp"], "moved": [*eight, "strategy=ddp"]}
+    levers = ["strategy.chunked_loss=true", "strategy.activation_checkpointing=2", "optim.ema=0.9"]
+    two |= {f"{s}-levers": [*small, *where(s), *levers] for s in LEVERS}
     two["ddp-qlora"] = [*lora, "strategy=ddp"]
     two |= {f"fsdp2-qlora-{t}": [*lora, "strategy=fsdp2", f"peft.quant_storage={t}"] for t in STORAGES}
     found: dict[str, str | None] = {}
-    for world_size, jobs in ((1, one), (2, two)):
+    five = {f"{s}-five": [*odd, *where(s)] for s in FIVE}  # shares of 2, 2, 2, 1 and 1 samples
+    for world_size, jobs in ((1, one), (2, two), (5, five)):
         named = [[*job, f"run.name={name.replace('+', '-')}"] for name, job in jobs.items()]
         found |= zip(jobs, ranks.run_jobs(world_size, named, setup=sabotage.SETUP, check=False), strict=True)
     return root, found
@@ -214,6 +222,27 @@ def test_all_ranks_skip_the_step_that_is_not_finite_and_go_on(name: str, runs: t
 @pytest.mark.parametrize("name", [*(f"{s}-offloading" for s in OFFLOADING), "fsdp2-both"])
 def test_activations_in_host_memory_leave_the_curve_alone(name: str, runs: tuple) -> None:
     assert losses(ended_well(runs, name)) == pytest.approx(losses(ended_well(runs, "single")), rel=1e-5)
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEVERS)
+def test_the_loss_in_chunks_and_every_second_block_recomputed_leave_the_curve_alone(name: str, runs: tuple) -> None:
+    run = ended_well(runs, f"{name}-levers")
+    assert losses(run) == pytest.approx(losses(ended_well(runs, "single")), rel=1e-5)
+    assert ranks.result(run)["engine"]["strategy"] == name.partition("+")[0]
+
+
+@pytest.mark.ranks
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIVE)
+def test_five_ranks_give_the_curve_of_one(name: str, runs: tuple) -> None:
+    run, alone = ended_well(runs, f"{name}-five"), ended_well(runs, "single-odd")
+    engine = ranks.result(run)["engine"]
+    assert (engine["strategy"], engine["world_size"], engine["seen_samples"]) == (name, 5, 8)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    norms = [row["grad_norm"] for row in ranks.metrics(alone)]
+    assert [row["grad_norm"] for row in ranks.metrics(run)] == pytest.approx(norms, rel=1e-3)
 
 
 def test_what_a_block_saves_goes_to_the_host_and_its_weights_do_not() -> None:
