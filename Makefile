@@ -57,7 +57,7 @@ train: install
 test: install-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not slurm" $(ARGS)
 
-#: test-slow     what takes many minutes: engines with their controls, and checkpoints between them
+#: test-slow     what takes many minutes: checkpoints between engines, sweeps beside bare processes
 test-slow: install-dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(ARGS)
 

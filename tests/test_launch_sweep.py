@@ -245,7 +245,7 @@ def on_slurm(lab: Lab, cluster: Cluster, **plan: object) -> list[str]:
 def test_the_same_as_an_array(tmp_path, cluster):
     """12 tasks, two at a time, of which one always fails; three times one that trains is killed at random."""
     lab = Lab(tmp_path)
-    words = on_slurm(lab, cluster, steps=20, step_s=0.05, every=1, fail_at=12, fail_seed=5, fail_reason="bad_config")
+    words = on_slurm(lab, cluster, steps=20, step_s=0.05, every=1, fail_at=12, fail_seed=11, fail_reason="bad_config")
     words += [TWELVE]
     done = lab.call(*words)
     assert done.returncode == 0, done.stderr
@@ -259,7 +259,7 @@ def test_the_same_as_an_array(tmp_path, cluster):
     wait_for(lambda: not cluster.run("squeue", "-h"), 120)
     found = lab.sweep()
     failed = [job for job in found.jobs if job.status != "finished"]
-    assert [(job.status, "seed=5" in job.overrides) for job in failed] == [("failed", True)]
+    assert [(job.status, "seed=11" in job.overrides) for job in failed] == [("failed", True)]
     assert all(found.run(job).result()["state_hash"] == final_state(20) for job in found.jobs if job not in failed)
     assert all(count <= 1 for count in lab.ends().values())
     assert lab.call(*words, "--wait").returncode == 1

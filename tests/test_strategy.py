@@ -36,7 +36,6 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, dict[str, Any]
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("cell", equivalence.SAMPLE, ids=lambda c: c.name)
 def test_the_curve_is_that_of_one_process(cell: Cell, cells: dict) -> None:
     assert not equivalence.problems(cell, cells[cell])
@@ -49,7 +48,6 @@ def test_the_sample_has_every_strategy_with_adapters() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("way", sabotage.CURVES)
 def test_a_wrong_curve_is_seen(way: str, cells: dict) -> None:
     cell = next(c for c in equivalence.CONTROLS if c.way == way)
@@ -58,7 +56,6 @@ def test_a_wrong_curve_is_seen(way: str, cells: dict) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("way", sabotage.STARTS)
 def test_what_was_not_asked_for_ends_the_run_at_its_start(way: str, cells: dict) -> None:
     cell = next(c for c in equivalence.CONTROLS if c.way == way)
@@ -102,7 +99,6 @@ def test_what_accelerate_would_have_changed_is_named_and_does_not_win(
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("cell", EXACT, ids=lambda c: c.name)
 def test_exact_numerics_have_one_hash(cell: Cell, cells: dict) -> None:
     same = cells[cell]["state_hash"] == cells[cell.reference]["state_hash"]
@@ -197,7 +193,6 @@ def losses(run: Path) -> list[float]:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single", *POISONED, *(f"{s}-bf16" for s in BF16)])
 def test_all_ranks_stop_before_the_update_that_is_not_finite(name: str, runs: tuple) -> None:
     root, errors = runs
@@ -208,7 +203,6 @@ def test_all_ranks_stop_before_the_update_that_is_not_finite(name: str, runs: tu
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["single-skip", *(f"{s}-skip" for s in POISONED), "ddp-skip-fused"])
 def test_all_ranks_skip_the_step_that_is_not_finite_and_go_on(name: str, runs: tuple) -> None:
     rows = ranks.metrics(ended_well(runs, f"{name}--nan"))
@@ -218,14 +212,12 @@ def test_all_ranks_skip_the_step_that_is_not_finite_and_go_on(name: str, runs: t
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*(f"{s}-offloading" for s in OFFLOADING), "fsdp2-both"])
 def test_activations_in_host_memory_leave_the_curve_alone(name: str, runs: tuple) -> None:
     assert losses(ended_well(runs, name)) == pytest.approx(losses(ended_well(runs, "single")), rel=1e-5)
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("name", LEVERS)
 def test_the_loss_in_chunks_and_every_second_block_recomputed_leave_the_curve_alone(name: str, runs: tuple) -> None:
     run = ended_well(runs, f"{name}-levers")
@@ -234,7 +226,6 @@ def test_the_loss_in_chunks_and_every_second_block_recomputed_leave_the_curve_al
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 @pytest.mark.parametrize("name", FIVE)
 def test_five_ranks_give_the_curve_of_one(name: str, runs: tuple) -> None:
     run, alone = ended_well(runs, f"{name}-five"), ended_well(runs, "single-odd")
@@ -280,7 +271,6 @@ def test_levers_that_work_by_block_are_refused_where_there_is_none() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 def test_adamw_in_8_bits_moves_as_fp32(runs: tuple) -> None:
     pytest.importorskip("bitsandbytes")
     alone, wide = ended_well(runs, "single-eight"), ended_well(runs, "ddp-eight")
@@ -313,7 +303,6 @@ def test_moments_in_8_bits_are_read_and_written() -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.slow
 def test_weights_in_4_bits_are_sharded_to_half_a_rank(runs: tuple) -> None:
     pytest.importorskip("bitsandbytes")
     single, whole = (ranks.result(ended_well(runs, name))["engine"] for name in ("single-qlora", "ddp-qlora"))

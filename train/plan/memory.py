@@ -232,6 +232,7 @@ class _Held:
 
     always: dict[str, float]
     computing: dict[str, float] = field(default_factory=dict)  # in forward and backward
+    reducing: dict[str, float] = field(default_factory=dict)  # in the backward pass, from the first gradient on
     updating: dict[str, float] = field(default_factory=dict)  # in the update
     gradient: float = 4.0  # bytes per trained number of gradients that appear section by section; whole where they stay
     whole: bool = False  # gradients exist from the first moment on
@@ -292,9 +293,10 @@ def _zero12(x: _Shape) -> _Held:
         always |= state
     else:
         host = {**state, "gradients on the host": 4.0 * part}
-    held = _Held(always, host=host, whole=True)
+    # A step that is one micro-step begins with no gradients: they come section by section, stage 2 keeping its part.
+    held = _Held(always, host=host, whole=lay.accumulation > 1 or lay.offload != "none")
     held.share = part / max(1, x.trainable) if lay.strategy == "zero2" else 1.0
-    held.computing = {"gradient buckets": min(lay.bucket_bytes, 4.0 * x.trainable)}
+    held.reducing = {"gradient buckets": lay.bucket_bytes * (2 if lay.device == "cuda" else 1)}  # overlapped: a second one
     return held
 
 
@@ -367,6 +369,8 @@ def holds(trace: Trace, layout: Layout) -> Holding:
         terms = dict(held.always)
         for name, value in held.computing.items():
             terms[name] = terms.get(name, 0.0) + value
+        if moment.backward and done:
+            terms |= held.reducing
         if layout.step_in_backward:
             terms["gradients"] = held.gradient * largest * held.share if moment.backward else 0.0
         else:
