@@ -116,8 +116,6 @@ class Cell:
         micro = "null" if self.numerics == "exact" else self.micro or -(-share // 2)
         more = [f"strategy.offload={offload}", f"hardware.nvme_path={root}"] if offload else []
         more += [f"model.path={base}", f"data.tokenizer={base}"] if self.task == "lora" else []
-        # On a CPU without bf16 a product in it takes thirty times as long; half the tokens show the same.
-        more += ["data.seq_len=128"] if (self.task, self.precision) == ("lm", "bf16") else []
         return [
             *TASKS[self.task],
             *RECIPE,
