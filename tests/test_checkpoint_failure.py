@@ -168,6 +168,55 @@ def test_what_goes_on_is_the_newest_attempt_and_not_the_highest_step(run: RunDir
     assert list(checkpoint.choose(run)) == [run.checkpoint(6), run.checkpoint(3)]
 
 
+def test_a_history_that_was_left_goes_with_the_first_commit_after_it(run: RunDir) -> None:
+    """Attempt 1 saved 3, 6 and 9; attempt 2 went back to 3: a 6 of the other history must not be gone on from later."""
+    first = saver(run)
+    for step in (6, 9):
+        save(first, step)
+    back = Checkpointer(run, processes(), One(0), CheckpointConfig(keep=9), hashes=HASHES, lock=None, attempt=2,
+                        saved_step=3)  # type: ignore[arg-type]  # fmt: skip
+    assert whole(run) == [3, 6, 9]
+    save(back, 8)
+    assert whole(run) == [3, 8]
+
+
+def test_what_a_kill_left_half_written_goes_at_the_next_start(run: RunDir) -> None:
+    (run.checkpoints / ".step-00000009.1.tmp").mkdir()
+    saver(run, attempt=2)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000003"]
+
+
+def test_no_torn_line_is_left_before_the_next(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = run.events.read_bytes(), os.write
+
+    def half(descriptor: int, content: bytes) -> int:
+        if len(content) < 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, content[: len(content) - 10])
+
+    monkeypatch.setattr(os, "write", half)
+    with pytest.raises(OSError, match="No space left"):
+        run.event("save", step=6)
+    monkeypatch.undo()
+    assert run.events.read_bytes() == before
+
+
+def test_moments_that_the_checkpoint_lacks_are_not_made_up(run: RunDir) -> None:
+    other = One(0)
+    other.kinds = lambda: ["master", "momentum_buffer"]  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="goes on from momentum_buffer too"):
+        checkpoint.load(other, Reader(run.checkpoint(3)))  # type: ignore[arg-type]
+
+
+def test_a_damaged_newest_does_not_hide_the_best(run: RunDir) -> None:
+    one = saver(run)
+    for step in (6, 9):
+        one.save(step, {"best_step": 6})
+        one.wait()
+    (run.checkpoint(9) / "manifest.json").unlink()
+    assert checkpoint.find(run, "best") == run.checkpoint(6)
+
+
 def test_a_buffer_that_changes_ends_the_run(run: RunDir) -> None:
     """A BatchNorm that learns statistics, say: no checkpoint would hold them."""
     changed = One(0)
@@ -180,9 +229,10 @@ def test_a_buffer_that_changes_ends_the_run(run: RunDir) -> None:
 
 def test_rotation_leaves_a_save_alone_that_another_rank_has_begun(run: RunDir) -> None:
     """A rank whose file is written may be in the next save while the main process still rotates."""
+    running = saver(run)
     for name in (".step-00000009.1.tmp", ".step-00000009.0.tmp", ".step-00000002.1.tmp", ".step-00000001.7.8.gone"):
         (run.checkpoints / name).mkdir()
-    saver(run)._rotate(3, None)
+    running._rotate(3, None)
     assert [path.name for path in run.checkpoints.glob(".*")] == [".step-00000009.1.tmp"]
 
 

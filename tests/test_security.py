@@ -108,7 +108,7 @@ def read_everything(run: RunDir, tmp_path: Path) -> list[str]:
         lambda: checkpoint.read_masters(run.path, "last"),
         lambda: [CliRunner().invoke(cli.app, [verb, str(run.path)]) for verb in ("status", "verify")],
         lambda: CliRunner().invoke(cli.app, ["predict", str(run.path), "--to", str(tmp_path / "predicted")]),
-        lambda: CliRunner().invoke(cli.app, ["export", str(run.path), str(tmp_path / "exported")]),
+        lambda: CliRunner().invoke(cli.app, ["export", str(run.path), "--to", str(tmp_path / "exported")]),
     ):
         try:
             read()

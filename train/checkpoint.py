@@ -88,6 +88,9 @@ class Checkpointer:
         self._buffer: Any = None
         self._thread: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None  # a step whose save failed, until that is reported
+        self._base = saved_step or 0  # what this attempt goes on from
+        if procs.is_main:
+            self._sweep(None)  # what a kill left behind is as large as a checkpoint, and no rank saves yet
 
     def save(self, step: int, counters: dict[str, Any]) -> None:
         """Save the state after update `step`. Returns once the live state is copied (`asynchronous`) or committed.
@@ -202,7 +205,8 @@ class Checkpointer:
             _discard(final)
         os.rename(temporary, final)
         rundir.sync_directory(self.run.checkpoints)
-        self.run.event("commit", step=step, attempt=self.attempt)
+        with suppress(OSError):  # a disk without room for a line; the checkpoint is committed
+            self.run.event("commit", step=step, attempt=self.attempt)
         self._rotate(step, counters.get("best_step"))
 
     def _manifest(self, step: int, counters: dict[str, Any], receipts: dict[int, dict[str, Any]]) -> dict[str, Any]:
@@ -239,20 +243,25 @@ class Checkpointer:
         return receipts
 
     def _rotate(self, newest: int, best_step: int | None) -> None:
-        """Only after the commit of `newest`: keep the last ones, the best, and every n-th. What lies above `newest` is of
-        an attempt that this one left behind by going on from an earlier step (`--step`)."""
+        """Only after the commit of `newest`: keep the last ones, the best, and every n-th. What another attempt saved above
+        the step that this one went on from is of a history that was left (`--step`), or damaged."""
         steps = rundir.committed(self.run)
+        left = {s for s in steps if s > self._base and s != newest and _attempt(self.run.checkpoint(s)) != self.attempt}
         every = self.settings.keep_every
         if best_step in steps:  # else its save failed, and the best one before it stays
             self._best = best_step
         best = self._best if self.settings.keep_best else None
-        kept = set([step for step in steps if step <= newest][-self.settings.keep :]) | {best}
+        kept = set([step for step in steps if step not in left][-self.settings.keep :]) | {best}
         for step in steps:
-            if step > newest or (step not in kept and not (every and step % every == 0)):
+            if step in left or (step not in kept and not (every and step % every == 0)):
                 _discard(self.run.checkpoint(step))
+        self._sweep(newest)
+
+    def _sweep(self, newest: int | None) -> None:
+        """Remove what saves that were killed, and discards, left behind. newest: the step just committed; None at the start."""
         for stale in self.run.checkpoints.glob(".*"):  # of saves that were killed, and of discards
             save = re.fullmatch(r"\.step-(\d+)\.(\d+)\.tmp", stale.name)
-            if save and int(save[1]) > newest and int(save[2]) == self.attempt:
+            if save and newest is not None and int(save[1]) > newest and int(save[2]) == self.attempt:
                 continue  # a rank that was faster than this thread has begun the next save
             if stale.suffix in (".tmp", ".gone"):
                 shutil.rmtree(stale, ignore_errors=True)
@@ -410,7 +419,7 @@ class Reader:
                 begins, ends = zip(*sorted(spans.values()), strict=True)
                 if held != wanted or (*begins, data.size) != (0, *ends):
                     raise CheckpointError(f"{path}: its header is not that of the ranges in the manifest")
-            except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
                 raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from None
 
     def read(self, name: str, kind: str, start: int, numel: int) -> np.ndarray:
@@ -449,8 +458,7 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
         return
     wanted: int | None
     if which == "best":
-        told = (Reader(run.checkpoint(s)).manifest["counters"]["best_step"] for s in reversed(steps))
-        wanted = next((step for step in told if step in steps), None)
+        wanted = next((step for step in _told_best(run, steps) if step in steps), None)
     else:
         wanted = int(which)
     if wanted not in steps:
@@ -458,6 +466,15 @@ def choose(run: RunDir, which: str | int = "last") -> Iterator[Path]:
             f"{run.path} has no checkpoint of step {wanted if wanted is not None else which}; it has {steps}"
         )
     yield run.checkpoint(wanted)
+
+
+def _told_best(run: RunDir, steps: list[int]) -> Iterator[int | None]:
+    """The best step as each checkpoint knew it, newest first; damaged ones are named and passed over."""
+    for step in reversed(steps):
+        try:
+            yield Reader(run.checkpoint(step)).manifest["counters"].get("best_step")
+        except CheckpointError as error:
+            log.warning("passing over %s", error)
 
 
 def _last(run: RunDir, attempts: dict[int, int]) -> int:
@@ -541,6 +558,11 @@ def load(strategy: Strategy, reader: Reader) -> None:
         differ = sorted(n for n in set(reader.shapes) & set(strategy.shapes) if reader.shapes[n] != strategy.shapes[n])
         raise CheckpointError(
             f"{reader.path} is of another model. Missing: {missing[:5]}; not in this model: {extra[:5]}; other shape: {differ[:5]}"
+        )
+    if lacking := sorted(set(strategy.kinds()) - set(reader.kinds)):
+        raise CheckpointError(
+            f"{reader.path} holds {', '.join(reader.kinds)} of each parameter, and this optimizer goes on from "
+            f"{', '.join(lacking)} too. Keep the optimizer, or start another run from these weights: model.path=RUN."
         )
     updates = reader.manifest["counters"].get("updates", reader.step)  # a skipped step is none
     strategy.load(lambda n, k, s, c: torch.from_numpy(reader.read(n, k, s, c)), updates, reader.kinds)

@@ -97,7 +97,7 @@ def open_run(cfg: Config, prepared: Prepared, request: Request, procs: Processes
         if again and result.get("status") == "failed" and (result["reason"] or "").startswith(rundir.FINAL):
             raise rundir.RunError(f"not started again: {result['reason']}", rundir.exit_code(result))
         opened = {"path": str(run.path), "math_hash": identity.math_hash, "exec_hash": identity.exec_hash}
-        if result.get("status") == "finished" and not identity.changes:
+        if result.get("status") == "finished" and not identity.changes and request.step == "last":
             print(describe.show_result(run), flush=True)
             return {**opened, "finished": True, "attempt": result["attempt"], "precision": identity.precision}
         run.create()

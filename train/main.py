@@ -86,7 +86,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
 
     def evaluate() -> dict[str, float]:
         """Metrics over the whole validation set, under the averaged weights where there are any."""
-        batches = loader.eval_batches(val_set, cfg.eval.max_samples)
+        batches = watch.through(loader.eval_batches(val_set, cfg.eval.max_samples), step, "evaluation")
         with engine.averaged(), torch.no_grad(), engine.autocast():
             found = task.evaluate(engine.model, batches, procs.sum)
             if cfg.eval.samples:
@@ -135,6 +135,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
             grad_norm = engine.step(lr)  # None: not finite on some rank, skipped on all
         except strategy.NonFinite:
             watched()  # the steps that led there
+            saver.wait()  # a save under way is of a step before
             raise
 
         counters["samples"] += samples
@@ -173,6 +174,7 @@ def train(cfg: Config, request: lifecycle.Request) -> None:
             break
 
     # ---------------------------------------------------------------------------------------------------------- Finish
+    watch.mark(step, "finishing")
     saver.wait()
     saver.report("stop")  # nothing is finished, or stopped, whose last state is not on disk
     finished = step == total_steps or (reason or "").startswith("eval.patience")

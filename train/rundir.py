@@ -134,12 +134,18 @@ def _finite(value: Any) -> Any:
 
 
 def append_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    """Append records to a .jsonl file with a single write, so that lines of two writers never mix."""
+    """Append records to a .jsonl file with a single write, so that lines of two writers never mix. All of them or none."""
     content = "".join(to_json(record) + "\n" for record in records).encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, FILE_MODE)
+    written = 0
     try:
-        while content:
-            content = content[os.write(descriptor, content) :]
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+    except OSError:
+        if written:  # a disk that fills up tears a line, and the next one would be glued to it
+            with suppress(OSError):
+                os.ftruncate(descriptor, os.fstat(descriptor).st_size - written)
+        raise
     finally:
         os.close(descriptor)
 
@@ -299,12 +305,9 @@ def sync_file(path: Path) -> None:
 
 
 def committed(run: RunDir) -> list[int]:
-    """Steps with a committed checkpoint, oldest first."""
-    steps = []
-    for path in run.checkpoints.glob("step-*"):
-        if path.name[5:].isdigit() and (path / "manifest.json").exists():
-            steps.append(int(path.name[5:]))
-    return sorted(steps)
+    """Steps with a committed checkpoint, oldest first. The rename commits a directory whole: one that lacks anything was
+    damaged since, and whoever reads it says so."""
+    return sorted(int(path.name[5:]) for path in run.checkpoints.glob("step-*") if path.name[5:].isdigit())
 
 
 def newest(run: RunDir) -> int:

@@ -17,15 +17,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from train import rundir
 from train.config import Config, seconds
 
+T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECOND_PRESS_S = 1.0
+"""A Ctrl-C so long after the first one is meant as a second one."""
 
 
 class Stop:
@@ -47,7 +50,7 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if number == signal.SIGINT:
-            if self.interrupted_at and now - self.interrupted_at >= 1.0:
+            if self.interrupted_at and now - self.interrupted_at >= SECOND_PRESS_S:
                 os._exit(130)
             self.interrupted_at = self.interrupted_at or now
         if self.signalled is None:
@@ -85,7 +88,9 @@ def catch_early() -> None:
 
     def note(number: int, frame: FrameType | None) -> None:
         EARLY.setdefault("reason", signal.Signals(number).name)
-        EARLY.setdefault("at", time.monotonic())
+        now = time.monotonic()
+        if number == signal.SIGINT and now - EARLY.setdefault("at", now) >= SECOND_PRESS_S:
+            os._exit(130)  # the second Ctrl-C, as in a run
 
     for number in SIGNALS:
         signal.signal(number, note)
@@ -128,6 +133,12 @@ class Watchdog:
         self._doing, self._limit_s, self._since = f"step {step}, {doing}", self._step_limit_s, time.monotonic()
         if first:
             self._arm()
+
+    def through(self, items: Iterable[T], step: int, doing: str) -> Iterator[T]:
+        """The same items, a mark at each: work that takes long is not work that hangs."""
+        for item in items:
+            self.mark(step, doing)
+            yield item
 
     def close(self) -> None:
         self._closed.set()

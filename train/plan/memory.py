@@ -296,7 +296,9 @@ def _zero12(x: _Shape) -> _Held:
     # A step that is one micro-step begins with no gradients: they come section by section, stage 2 keeping its part.
     held = _Held(always, host=host, whole=lay.accumulation > 1 or lay.offload != "none")
     held.share = part / max(1, x.trainable) if lay.strategy == "zero2" else 1.0
-    held.reducing = {"gradient buckets": lay.bucket_bytes * (2 if lay.device == "cuda" else 1)}  # overlapped: a second one
+    held.reducing = {
+        "gradient buckets": lay.bucket_bytes * (2 if lay.device == "cuda" else 1)
+    }  # overlapped: a second one
     return held
 
 

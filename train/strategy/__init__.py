@@ -671,6 +671,11 @@ class Strategy:
         everyone = [tuple(key) for rank in self.procs.gather(mine) for key in rank]
         if twice := len(everyone) - len(set(everyone)):
             wrong.append(f"samples: {twice} of {len(everyone)} went to more than one rank")
+        if changed := self.changed_buffers():
+            wrong.append(
+                f"buffers of the model changed ({', '.join(changed[:3])}): checkpoints hold parameters only. Freeze them "
+                "(BatchNorm: keep it in evaluation mode), or make them parameters"
+            )
         if wrong:
             raise Mismatch("in the first step, " + "; ".join(wrong))
         return {
