@@ -1,7 +1,7 @@
 """The planner's memory against the peak of the profiler's allocator events, on this machine's CPU, with the real engines.
 
     python benchmarks/plan_vs_measured.py [--json | --markdown] [--only PATTERN]
-    python benchmarks/plan_vs_measured.py --markdown --merge ONE.json OTHER.json      the page of runs of parts
+    python benchmarks/plan_vs_measured.py --markdown --merge ONE.json OTHER.json      measured then, predicted now
 
 Every configuration is composed as a run would be; its engine is built by `train.strategy`, prepared, and taken through two
 whole steps (two, because optimizer state appears in the first). What the CPU's allocator handed out and took back meanwhile
@@ -228,7 +228,8 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+def run(options: argparse.Namespace, peaks: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table. peaks: what was measured before; where there is any, only that is shown."""
     from train import config
     from train import plan as planner
 
@@ -240,7 +241,9 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             mine = {n: o for n, (r, o) in chosen.items() if r == ranks}
             for name, words in mine.items():
                 # In processes of its own: what an engine before it left behind, and frees late, would be taken off the peak.
-                [peak] = measured(ranks, [words])
+                if peaks and name not in peaks:
+                    continue
+                peak = peaks[name] if peaks else measured(ranks, [words])[0]
                 best = planner.plan(config.compose(words))
                 predicted = best.allocated_gib * 2**30
                 error = predicted / peak - 1 if isinstance(peak, float) else None
@@ -257,13 +260,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="what --json printed; runs nothing")
+    parser.add_argument("--merge", nargs="+", type=Path, default=[], help="what --json printed; measures nothing")
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(json.loads(options.worker))
-    rows = [row for file in options.merge for row in json.loads(file.read_text())] or run(options)
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it found no other
+    texts = [file.read_text() for file in options.merge]
+    rows = run(
+        options, {row["name"]: row["measured"] for text in texts for row in json.loads(text[text.find("[\n") :])}
+    )
     if options.json:
         print(json.dumps(rows, indent=2))
     else:

@@ -232,7 +232,7 @@ class _Held:
 
     always: dict[str, float]
     computing: dict[str, float] = field(default_factory=dict)  # in forward and backward
-    reducing: dict[str, float] = field(default_factory=dict)  # in the backward pass, from the first gradient on
+    reducing: dict[str, float] = field(default_factory=dict)  # in the backward pass
     updating: dict[str, float] = field(default_factory=dict)  # in the update
     gradient: float = 4.0  # bytes per trained number of gradients that appear section by section; whole where they stay
     whole: bool = False  # gradients exist from the first moment on
@@ -240,6 +240,7 @@ class _Held:
     gather: float = 0.0  # bytes per number of a section that is gathered; 0 where weights are whole
     reduce: float = 0.0  # bytes per trained number of a section whose gradients are being reduced
     ahead: int = 0  # sections gathered ahead
+    keeps: float = 0.0  # numbers that stay gathered from their use in the forward pass to that in the backward pass
     host: dict[str, float] = field(default_factory=dict)
 
 
@@ -296,14 +297,14 @@ def _zero12(x: _Shape) -> _Held:
     # A step that is one micro-step begins with no gradients: they come section by section, stage 2 keeping its part.
     held = _Held(always, host=host, whole=lay.accumulation > 1 or lay.offload != "none")
     held.share = part / max(1, x.trainable) if lay.strategy == "zero2" else 1.0
-    held.reducing = {
-        "gradient buckets": lay.bucket_bytes * (2 if lay.device == "cuda" else 1)
-    }  # overlapped: a second one
+    buckets = 2 if lay.device == "cuda" else 1  # the second one to overlap
+    held.reducing = {"gradient buckets": min(buckets * lay.bucket_bytes, 4.0 * x.trainable)}
     return held
 
 
 def _zero3(x: _Shape) -> _Held:
-    """Weights too in W parts; those below the threshold stay whole."""
+    """Weights too in W parts; those below the threshold stay whole. What is used again within `max_reuse_distance`, up to
+    `max_live_parameters`, is not dropped after the forward pass: a model of fewer numbers is whole by its end."""
     n, lay = x.layout.ranks, x.layout
     part = summed(x.trace, lay, lambda p, _: math.ceil(p.numel / n) if p.trainable else 0.0)
     frozen = summed(x.trace, lay, lambda p, _: 0.0 if p.trainable else math.ceil(p.numel / n) * x.half)
@@ -318,11 +319,13 @@ def _zero3(x: _Shape) -> _Held:
         host |= {**state, "gradients on the host": 4.0 * part}
     (host if lay.offload_parameters else always).update(weights)
     held = _Held(always, host=host, whole=True, share=part / max(1, x.trainable))
-    held.gather, held.ahead, held.reduce = float(x.half), 1, float(x.half)
+    held.gather, held.ahead, held.reduce, held.keeps = float(x.half), 1, float(x.half), LIVE_PARAMETERS
     held.computing = {"gradient buckets": min(2 * lay.bucket_bytes, 4.0 * x.trainable)}
     return held
 
 
+LIVE_PARAMETERS = 1e9
+"""DeepSpeed's `stage3_max_live_parameters` and `stage3_max_reuse_distance`, as `train.strategy.zero` sets them."""
 STRATEGIES = {"single": _single, "ddp": _ddp, "fsdp2": _fsdp2, "zero1": _zero12, "zero2": _zero12, "zero3": _zero3}
 
 
@@ -334,6 +337,20 @@ def _after(trace: Trace) -> list[int]:
         found.append(total)
         total += section.numel(trainable=True)
     return found[::-1]
+
+
+def _gathered(x: _Shape, held: _Held, moment: Moment, sections: list[Section]) -> float:
+    """Bytes of sharded weights that are whole in a moment, beside those of `computing`."""
+    if not held.gather:
+        return 0.0
+    block = moment.section.name == "block"
+    window = (1 + held.ahead) * x.gathered(moment.section, held.gather) if block else 0.0
+    if held.keeps:
+        until = sum(x.gathered(s, held.gather) for s in sections[: moment.index + 1])
+        return min(until, max(window, held.keeps * held.gather))
+    if moment.backward and moment.section.name == "after" and sections[moment.index - 1].name == "block":
+        return held.ahead * x.gathered(sections[moment.index - 1], held.gather)  # the last block comes back already
+    return window
 
 
 def holds(trace: Trace, layout: Layout) -> Holding:
@@ -362,6 +379,7 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     gradients = held.gradient * x.trainable * held.share
     largest = max(s.numel(trainable=True) for s in trace.sections)
     after = _after(trace)
+    sections = list(trace.each())
     done = 0  # trained numbers whose gradients have appeared
     best: tuple[float, str, dict[str, float]] = (-1.0, "", {})
     for moment in activations:
@@ -371,16 +389,13 @@ def holds(trace: Trace, layout: Layout) -> Holding:
         terms = dict(held.always)
         for name, value in held.computing.items():
             terms[name] = terms.get(name, 0.0) + value
-        if moment.backward and done:
+        if moment.backward:
             terms |= held.reducing
         if layout.step_in_backward:
             terms["gradients"] = held.gradient * largest * held.share if moment.backward else 0.0
         else:
             terms["gradients"] = gradients if whole else held.gradient * done * held.share
-        if held.gather and moment.section.name == "block":
-            terms["gathered weights"] = terms.get("gathered weights", 0.0) + (1 + held.ahead) * x.gathered(
-                moment.section, held.gather
-            )
+        terms["gathered weights"] = terms.get("gathered weights", 0.0) + _gathered(x, held, moment, sections)
         if held.reduce and moment.backward:
             here = moment.section.numel(trainable=True)
             if layout.flat:
