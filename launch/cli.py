@@ -169,6 +169,9 @@ def resume(
     limits: dict[str, Any] = {key: None for key in ("stop_at", "max_time") if f"run.{key}" not in given}
     limits |= {"name": directory.path.name, "root": str(directory.path.parent)}  # wherever it was copied to
     cfg = replace(cfg, run=replace(cfg.run, **limits))
+    if cfg.slurm.name != "none" and (directory.code / "config.yaml").exists():
+        # `config.yaml` has the nodes that were granted last; asked for were those of the submission.
+        cfg = replace(cfg, hardware=config.load(directory.code, overrides).hardware)
     arguments = ["--step", step] + (["--accept"] if accept else []) + (["--plugin", plugin] if plugin else [])
     return _start(cfg, arguments, accept=accept, again=step != "last", dry_run=dry_run, wait=wait)
 
@@ -358,10 +361,10 @@ def _start(
             "\n".join([f"# math_hash {identity.math_hash}", *(f"# change    {change}" for change in identity.changes)])
         )
         return 0
+    if processes is None:
+        slurm.refuse_twice(run)  # before anything that waits for, or gives up on, the run's owner
     rundir.wait_until_free(run, say=say)
     run.create()
-    if processes is None:
-        slurm.refuse_twice(run)
     rundir.write_config(cfg, run, identity)
     if processes is None:
         return slurm.submit(cfg, run, options=arguments, wait=wait, say=say)

@@ -58,11 +58,15 @@ def render(cfg: Config, run: RunDir, arguments: Sequence[str], *, python: str = 
     return _text(cfg, run.path.name, log, shlex.quote(str(run.code)), shlex.join(arguments), python)
 
 
-def render_array(cfg: Config, sweep: Path, array: str, *, python: str = sys.executable) -> str:
-    """The script of a sweep's array: task n is the run `sweep/00n` as it was frozen there. array: sbatch --array."""
+def render_array(
+    cfg: Config, sweep: Path, array: str, options: Sequence[str] = (), *, python: str = sys.executable
+) -> str:
+    """The script of a sweep's array: task n is the run `sweep/00n` as it was frozen there. array: sbatch --array.
+    options: of the command, for every task."""
     log = f"{str(sweep).replace('%', '%%')}/%3a/logs/slurm-%A_%a.log"
     here = f'"$(printf %s/%03d/code {shlex.quote(str(sweep))} "$SLURM_ARRAY_TASK_ID")"'
-    return _text(cfg, sweep.name, log, here, '--config "$PYTHONPATH/config.yaml"', python, array)
+    arguments = shlex.join(options)
+    return _text(cfg, sweep.name, log, here, f'--config "$code/config.yaml" {arguments}'.rstrip(), python, array)
 
 
 def _text(cfg: Config, name: str, log: str, code: str, arguments: str, python: str, array: str | None = None) -> str:
@@ -95,7 +99,8 @@ def _text(cfg: Config, name: str, log: str, code: str, arguments: str, python: s
         lines.append(f"python={shlex.quote(python)}")
     lines += [
         "# config and code as they were at submission; what a job needs was prepared then",
-        f"export PYTHONPATH={code} PYTHONSAFEPATH=1",
+        f"code={code}",
+        'export PYTHONPATH="$code${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1',  # modules may have set it, too
         "export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TRANSFORMERS_OFFLINE=1",
         f'set -- {arguments} "$@"',
         "",
@@ -191,7 +196,8 @@ def wait_for(run: RunDir, say: Callable[[str], None] = print) -> int:
 def state(run: RunDir) -> dict[str, Any] | None:
     """What Slurm says of the newest job of a run: `job`, `state`, `over`, `reason`, `nodes`; None if there was none.
 
-    A job that Slurm has forgotten, or whose cluster is gone, is over.
+    A job that Slurm has forgotten, or whose cluster is gone, is over. Of one that cannot be asked about now (a controller that
+    restarts) nobody knows: it is `unknown`, and not over.
     """
     jobs = [event for event in rundir.read_jsonl(run.events) if event["kind"] in ("submit", "launch")]
     if not jobs:
@@ -199,7 +205,10 @@ def state(run: RunDir) -> dict[str, Any] | None:
     job = str(jobs[-1]["job"])
     try:
         facts = parse(call(jobs[-1]["slurm"], "scontrol", "show", "job", "-o", job))
-    except SlurmError:
+    except SlurmError as error:
+        gone = any(words in str(error) for words in ("Invalid job id", "no cluster runs", "no Slurm here"))
+        if not gone:
+            return {"job": job, "state": "unknown", "over": False, "reason": str(error), "nodes": None}
         facts = {}
     word = facts.get("JobState", "unknown")
     over = word not in ALIVE
@@ -209,8 +218,10 @@ def state(run: RunDir) -> dict[str, Any] | None:
 def standing(run: RunDir, row: dict[str, Any]) -> dict[str, Any]:
     """`describe.standing` with what Slurm adds: `queued` for a job that waits, in the queue or to be started again."""
     now = state(run)
-    if now is None or now["over"] or row["state"] in ("finished", "failed"):
+    if now is None or now["state"] == "unknown" or row["state"] in ("finished", "failed"):
         return row
+    if now["over"]:  # a login node cannot see whether the ranks live; Slurm can
+        return {**row, "state": "died", "slurm": now} if row["state"] == "running" else row
     owner = f"Slurm job {now['job']}" + (f", {now['reason']}" if now["state"] == "PENDING" else "")
     return {**row, "state": "running" if now["state"] == "RUNNING" else "queued", "owner": owner, "slurm": now}
 
@@ -261,7 +272,7 @@ class Launch:
 
     @property
     def fruitless(self) -> bool:
-        return self.end_step <= self.step and self.cause not in ("preempted", "lost node", "ended by Slurm")
+        return self.end_step <= self.step and self.cause not in ("preempted", "ended by Slurm")
 
 
 @dataclass(frozen=True)
@@ -307,9 +318,18 @@ def begin(arguments: Sequence[str]) -> list[str]:
         processes = int(os.environ.get("SLURM_GPUS_ON_NODE", "1")) if cfg.hardware.device != "cpu" else 1
     run.event("launch", job=job, restart=restart, nodes=nodes, processes=processes, step=now, after=run.last_attempt(),
               slurm=cfg.slurm.name, max_requeues=cfg.slurm.max_requeues)  # fmt: skip
+    if nodes * processes > cfg.train.global_batch_size:
+        raise config.ConfigError(
+            [
+                f"{nodes} nodes x {processes} processes for train.global_batch_size={cfg.train.global_batch_size}: a rank needs "
+                "at least one sample. Ask for fewer nodes (hardware.nodes), or raise train.global_batch_size."
+            ]
+        )
+    earlier = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "launch" and e.get("job") == job]
+    begun = run.last_attempt() > earlier[0]["after"]  # before that, what was asked of the first attempt still holds
     port = _free_port(int(re.sub(r"\D", "", job)) * 131 + restart * 17 + len(launches))
     words += [
-        *([] if launches else first),
+        *([] if begun else first),
         f"run.name={run.path.name}",
         f"hardware.nodes={nodes}",
         f"hardware.devices_per_node={processes}",

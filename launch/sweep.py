@@ -535,7 +535,10 @@ def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, C
         job.status, job.reason = "waiting", None
     sweep.write()
     script = sweep.path / "array.sbatch"
-    script.write_text(slurm.render_array(first, sweep.path, array))
+    plugin = _composing(sweep.options).get(
+        "plugin"
+    )  # its code is frozen with each job; it has to be imported there too
+    script.write_text(slurm.render_array(first, sweep.path, array, ["--plugin", plugin] if plugin else []))
     ident = slurm.sbatch(first.slurm.name, script)
     for job, run, _ in queue:
         run.event("submit", job=f"{ident}_{job.number}", slurm=first.slurm.name)

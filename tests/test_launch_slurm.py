@@ -84,7 +84,7 @@ def test_words_arrive_as_they_are(word, tmp_path):
     """The preamble of a rendered script, run by a real shell, hands every hostile word on unchanged."""
     run = RunDir(tmp_path / word.replace("/", "").replace("\n", "-") / "run")
     text = slurm.render(job_config(), run, ["--config", word, f"a={word}"], python=word)
-    script = text[: text.index(slurm.BODY)] + 'printf "%s\\0" "$python" "$PYTHONPATH" "$@"\n'
+    script = text[: text.index(slurm.BODY)] + 'printf "%s\\0" "$python" "$code" "$@"\n'
     out = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert out.split("\0")[:-1] == [word, str(run.code), "--config", word, f"a={word}"]
     assert not (tmp_path / "OWNED").exists()
@@ -221,7 +221,34 @@ def test_arguments_of_the_ranks(job):
     ]
     _, _, other, _, *words = slurm.begin([*arguments, "--step", "best", "--accept"])
     assert other != port, "processes of an earlier launch must not meet this one's"
+    assert {"--step", "best", "--accept"} <= set(words), "the first launch ended before an attempt began"
+    run.write_result("running", 1)
+    commit(run, 10)
+    *_, last = words = slurm.begin([*arguments, "--step", "best", "--accept"])
+    assert last == "hardware.devices_per_node=1"
     assert not {"--step", "best", "--accept"} & set(words), "a second launch goes on from the newest checkpoint"
+
+
+def test_more_ranks_than_samples_are_bad_config(job, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "999")
+    with pytest.raises(config.ConfigError, match=r"999 nodes x 1 processes for train\.global_batch_size="):
+        slurm.begin(job[1])
+
+
+@pytest.mark.parametrize(
+    ("said", "over"), [("Invalid job id specified", True), ("Unable to contact controller", False)]
+)
+def test_a_controller_that_does_not_answer_is_no_end(job, monkeypatch, said, over):
+    run, arguments = job
+    assert slurm.begin(arguments)
+
+    def call(*_: str) -> str:
+        raise slurm.SlurmError(f"scontrol show job -o 7: {said}")
+
+    monkeypatch.setattr(slurm, "call", call)
+    assert slurm.state(run)["over"] == over
+    row = {"state": "running", "owner": "elsewhere"}
+    assert slurm.standing(run, row)["state"] == ("died" if over else "running")
 
 
 def test_two_attempts_without_a_checkpoint_end_it(job):

@@ -221,7 +221,7 @@ def test_a_crash_loop_ends_and_can_be_resumed(free, settings, unbroken, tmp_path
     job = Job(free, tmp_path, *settings, *EXACT, "hardware.nodes=2", "checkpoint.every=null")
     for attempt in (1, 2):
         job.attempt_at(attempt, 5)
-        os.kill(_rank(attempt - 1), 9)
+        os.kill(_rank(attempt - 1, job.run), 9)
     assert free.wait(job.id, timeout=90)["ExitCode"] == "1:0"
     result = job.run.result()
     assert result["status"] == "failed"
@@ -271,7 +271,7 @@ def test_a_loss_costs_less_than_an_interval(free, settings, unbroken, tmp_path, 
     node = job.nodes()[1]
     lost_at = time.monotonic()
     if fault == "rank":
-        os.kill(_rank(1), 9)
+        os.kill(_rank(1, job.run), 9)
     else:
         free.tool("node", fault, node)
     wait_for(lambda: len(job.kinds("launch")) > 1, 90, job.log)
@@ -289,8 +289,8 @@ def test_a_loss_costs_less_than_an_interval(free, settings, unbroken, tmp_path, 
     print(f"{fault}: noticed after {noticed:.1f} s, {first - again} steps done again")
 
 
-def _rank(number: int) -> int:
-    """The process of a rank on this machine, wherever its namespace is."""
+def _rank(number: int, run: RunDir) -> int:
+    """The process of a run's rank on this machine, wherever its namespace is."""
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             environment = (directory / "environ").read_bytes().split(b"\0")
@@ -298,6 +298,8 @@ def _rank(number: int) -> int:
         except OSError:
             continue
         if f"RANK={number}".encode() in environment and b"accelerate.commands.launch" not in words and b"-m" in words:
+            if not any(str(run.path.parent).encode() in word for word in words):
+                continue
             return int(directory.name)
     raise AssertionError(f"no rank {number}")
 
@@ -376,7 +378,7 @@ def test_a_killed_rank_is_back_as_soon_as_under_torchrun(free, settings, tmp_pat
         job = Job(free, tmp_path / str(turn), *words, "hardware.devices_per_node=2", "slurm.cpus_per_task=2")
         job.attempt_at(1, 15)
         killed = time.monotonic()
-        os.kill(_rank(1), 9)
+        os.kill(_rank(1, job.run), 9)
         ours.append(began(job.run, "resume") - killed)
         free.run("scancel", job.id)
         free.wait(job.id)
@@ -394,7 +396,7 @@ def test_a_killed_rank_is_back_as_soon_as_under_torchrun(free, settings, tmp_pat
         with subprocess.Popen(command, cwd=CHECKOUT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
             wait_for(lambda r=run: len(rundir.read_jsonl(r.ledger)) > 15, 90)
             killed = time.monotonic()
-            os.kill(_rank(1), 9)
+            os.kill(_rank(1, run), 9)
             bare.append(began(run, "resume") - killed)
             run.stop.touch()
             agent.wait(60)
