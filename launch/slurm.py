@@ -210,7 +210,7 @@ def state(run: RunDir) -> dict[str, Any] | None:
         if not gone:
             return {"job": job, "state": "unknown", "over": False, "reason": str(error), "nodes": None}
         facts = {}
-    word = facts.get("JobState", "unknown")
+    word = facts.get("JobState", "forgotten")
     over = word not in ALIVE
     return {"job": job, "state": word, "over": over, "reason": facts.get("Reason"), "nodes": facts.get("NumNodes")}
 
