@@ -217,8 +217,7 @@ def state(run: RunDir) -> dict[str, Any] | None:
 
 def standing(run: RunDir, row: dict[str, Any]) -> dict[str, Any]:
     """`describe.standing` with what Slurm adds: `queued` for a job that waits, in the queue or to be started again."""
-    now = state(run)
-    if now is None or now["state"] == "unknown" or row["state"] in ("finished", "failed"):
+    if row["state"] in ("finished", "failed") or (now := state(run)) is None or now["state"] == "unknown":
         return row
     if now["over"]:  # a login node cannot see whether the ranks live; Slurm can
         return {**row, "state": "died", "slurm": now} if row["state"] == "running" else row

@@ -572,13 +572,21 @@ def _differing(sweep: Sweep, job: Job) -> list[str]:
 
 def table(sweep: Sweep) -> str:
     """A line per job, the best one marked, and the command to go on."""
+    from launch import slurm
+    from train import describe
+
     top = best(sweep)
     lines = [f"sweep {sweep.path}"]
     for job in sweep.jobs:
         value = f"{job.metric} {job.objective:.5g}" if job.objective is not None else ""
         words = " ".join(_differing(sweep, job))
         note = "  best" if job is top else f"  {job.reason}" if job.reason and job.status != "finished" else ""
-        lines.append(f"  {job.name}  {job.status:<10}  {words:<40}  {value}{note}".rstrip())
+        status = job.status
+        if status in ("running", "waiting") and sweep.run(job).events.exists():  # how far, or what Slurm says of it
+            row = slurm.standing(sweep.run(job), describe.standing(sweep.run(job)))
+            status = row["state"] if row["state"] != "new" else status
+            note = "  " + "  ".join(text for text in describe.standing_text(row)[2:] if text)
+        lines.append(f"  {job.name}  {status:<10}  {words:<40}  {value}{note}".rstrip())
     if any(job.status not in ("finished", "infeasible") for job in sweep.jobs):
         lines.append(
             "  The same command again keeps what is finished, goes on with what was stopped, and starts the rest."

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from train import rundir
+from train import describe, rundir
 from train.rundir import RunDir
 
 GEARSHIFT = [sys.executable, "-m", "launch"]
@@ -194,6 +194,21 @@ def test_status_tells_runs_apart(gearshift: Command, tmp_path: Path) -> None:
     assert (one["state"], one["newest"]["step"]) == ("died", 3)
     assert len(json.loads(gearshift("status", "--json").stdout)) == 4
     lock.release()
+
+
+def test_status_tells_how_far_a_run_is_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describe, "alive", lambda owner: True)
+    run = RunDir(tmp_path / "r").create()
+    run.event("start", attempt=1, step=0, total_steps=100)
+    run.write_result("running", 1)
+    rundir.append_line(run.metrics, {"step": 40, "loss": 2.0, "step_s": 0.5})
+    row = describe.standing(run)
+    assert row["eta_s"] == 30
+    text = "  ".join(describe.standing_text(row))
+    assert "step 40/100  eta 0:00:30  loss 2.0000" in text
+    assert "resume" not in text
+    run.write_result("stopped", 1, steps=40, reason="run.stop_at=40")
+    assert f"run.stop_at=40  gearshift resume {run.path}" in "  ".join(describe.standing_text(describe.standing(run)))
 
 
 # -------------------------------------------------------------------------------------------------------- whole runs

@@ -8,6 +8,7 @@ Does not own: the files it reads (`rundir.py`); the report (`launch/report`).
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import os
 import platform
@@ -22,7 +23,7 @@ from typing import Any
 
 from train import config
 from train.config import Config
-from train.rundir import RunDir, alive, holder, last_record
+from train.rundir import RunDir, alive, holder, last_record, read_jsonl
 from train.rundir import describe as describe_owner
 
 _SECRET = r"(?:token|secret|passwd|password|passphrase|api_?key|credential|private_?key)(?!s\b|iz)"
@@ -124,10 +125,17 @@ def standing(run: RunDir) -> dict[str, Any]:
     if state == "running" and alive(owner) is False:
         state = "died"
     last = last_record(run.metrics) or {}
-    newest = {key: last.get(key) for key in ("step", "loss", "tokens_per_s", "samples_per_s")}
+    newest = {key: last.get(key) for key in ("step", "loss", "step_s", "tokens_per_s", "samples_per_s")}
+    starts = [event for event in read_jsonl(run.events) if event["kind"] in ("start", "resume")]
+    total = starts[-1].get("total_steps") if starts else None
+    left = None
+    if state == "running" and total and newest["step"] and newest["step_s"]:
+        left = (total - newest["step"]) * newest["step_s"]
     return {
         "run": str(run.path),
         "state": state,
+        "total_steps": total,
+        "eta_s": left,
         "owner": owner and describe_owner(owner),
         "newest": newest,
         "result": result,
@@ -138,15 +146,18 @@ def standing_text(row: dict[str, Any]) -> list[str]:
     """One line of `gearshift status`, in columns."""
     result, newest = row["result"] or {}, row["newest"]
     step = newest["step"] if newest["step"] is not None else result.get("steps")
-    total = f"/{result['total_steps']}" if result.get("total_steps") else ""
+    total = f"/{row['total_steps']}" if row["total_steps"] else ""
+    goes_on = row["state"] in ("stopped", "died", "failed")
     return [
         f"{_shown(Path(row['run'])):<40}",
         f"{row['state']:<9}",
         "" if step is None else f"step {step}{total}",
+        "" if row["eta_s"] is None else f"eta {datetime.timedelta(seconds=round(row['eta_s']))}",
         "" if newest["loss"] is None else f"loss {newest['loss']:.4f}",
         "" if result.get("objective") is None else f"best {result['objective']:.4f}",
-        row["owner"] if row["state"] in ("running", "queued") else "",
+        (row["owner"] or "") if row["state"] in ("running", "queued") else "",
         result.get("reason") or "",
+        f"gearshift resume {_shown(Path(row['run']))}" if goes_on else "",
     ]
 
 

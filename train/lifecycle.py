@@ -302,7 +302,8 @@ def announce(cfg: Config, opened: Opened, prepared: Prepared, in_force: dict[str
     run, G = opened.run, cfg.train.global_batch_size
     opened.run.event("start" if saved is None else "resume", attempt=opened.attempt, step=step,
                      parent=saved.manifest["attempt"] if saved else 0,  # who saved what this attempt goes on from
-                     exec_hash=opened.hashes["exec_hash"], world_size=in_force["world_size"])  # fmt: skip
+                     exec_hash=opened.hashes["exec_hash"], world_size=in_force["world_size"],
+                     total_steps=total_steps)  # fmt: skip
     trained, total = parameters
     asked = in_force["asked"]
     beside = {k: v for k, v in in_force.items() if v is not None and k not in ("asked", *asked)}
