@@ -113,74 +113,60 @@ def pretrained_model(directory: Path) -> Path:
     return directory
 
 
-def peak_of(words: list[str]) -> float:
-    """Bytes at the peak of two steps on this rank."""
-    import torch
-
-    from benchmarks.allocator import peak_bytes
-    from train import config, models, optim, strategy, tasks
+def two_steps(cfg: Any) -> None:
+    """Build the engine as a run would, and take it through two steps."""
+    from train import models, optim, strategy, tasks
     from train.data import Prepared
     from train.plan.subject import Subject
 
-    cfg = config.compose(words)
     subject = Subject(cfg)
+    procs = strategy.start(cfg)
+    task = tasks.TASKS[cfg.task.name](cfg, Prepared(cfg.data.kind, Path(), {}, subject.facts))
+    with models.parameters_on_meta():
+        module = task.build_model()
+    engine = strategy.build(cfg, procs, strategy.precision_of(cfg, procs.device))
+    engine.prepare(module, models.initial_values(module, 0), models.blocks(module),
+                   lambda named: optim.build(named, cfg, device_type=procs.device.type))  # fmt: skip
+    micro = strategy.micro_steps(cfg, procs.world_size, engine.micro_batch_size)
+    for _ in range(2):
+        for i in range(micro):
+            batch = {k: v.to(procs.device) for k, v in subject.batch(engine.micro_batch_size).items()}
+            if "image" in batch:
+                batch["image"].normal_()
+            with models.keyed(engine.module, batch, 0), engine.micro_step(last=i == micro - 1):
+                loss, _ = task.loss(engine.model, batch)
+                engine.backward(loss * (engine.scale / 1000))
+            del loss
+        engine.step(1e-4)
+        engine.take_loss()
+    engine.close()
 
-    def train() -> None:
-        procs = strategy.start(cfg) if not torch.distributed.is_initialized() else _again(cfg)
-        task = tasks.TASKS[cfg.task.name](cfg, Prepared(cfg.data.kind, Path(), {}, subject.facts))
-        with models.parameters_on_meta():
-            module = task.build_model()
-        engine = strategy.build(cfg, procs, "fp32")
-        engine.prepare(module, models.initial_values(module, 0), models.blocks(module),
-                       lambda named: optim.build(named, cfg, device_type="cpu"))  # fmt: skip
-        micro = strategy.micro_steps(cfg, procs.world_size, engine.micro_batch_size)
-        for _ in range(2):
-            for i in range(micro):
-                batch = subject.batch(engine.micro_batch_size)
-                if "image" in batch:
-                    batch["image"].normal_()
-                with models.keyed(engine.module, batch, 0), engine.micro_step(last=i == micro - 1):
-                    loss, _ = task.loss(engine.model, batch)
-                    engine.backward(loss * (engine.scale / 1000))
-                del loss
-            engine.step(1e-4)
-            engine.take_loss()
-        engine.close()
 
+def peak_of(words: list[str]) -> float:
+    """Bytes at the peak of two steps on this rank."""
+    from benchmarks.allocator import peak_bytes
+    from train import config
+
+    cfg = config.compose(words)
     mapped = {f.stat().st_size for f in Path(cfg.model.path or "nowhere").glob("*.safetensors")}
-    return float(peak_bytes(train, mapped))
+    return float(peak_bytes(lambda: two_steps(cfg), mapped))
 
 
-def _again(cfg: Any) -> Any:
-    """The group of this process serves every configuration in turn."""
-    import torch
-    import torch.distributed as dist
-
-    from train.strategy import Processes
-
-    return Processes(dist.get_rank(), dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "gloo")
-
-
-def worker(jobs: list[list[str]]) -> None:
+def worker(words: list[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    for words in jobs:
-        try:
-            found: Any = peak_of(words)
-        except Exception as error:
-            found = f"{type(error).__name__}: {str(error)[:300]}"
-        if "accelerate" in sys.modules:
-            from accelerate.state import AcceleratorState, GradientState, PartialState
-
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
-        print("PEAK " + json.dumps(found), flush=True)
+    try:
+        found: Any = peak_of(words)
+    except Exception as error:
+        found = f"{type(error).__name__}: {str(error)[:300]}"
+    print("PEAK " + json.dumps(found), flush=True)
     os._exit(0)
 
 
-def measured(ranks: int, jobs: list[list[str]]) -> list[Any]:
-    """The highest peak over ranks of each job, or what went wrong."""
+def measured(ranks: int, words: list[str]) -> Any:
+    """The highest peak over ranks, or what went wrong. In processes of its own: what an engine before it left behind, and
+    frees late, would be taken off the peak."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -189,16 +175,15 @@ def measured(ranks: int, jobs: list[list[str]]) -> list[Any]:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
                "WANDB_MODE": "disabled"}  # fmt: skip
-        command = [sys.executable, __file__, "--worker", json.dumps(jobs)]
+        command = [sys.executable, __file__, "--worker", json.dumps(words)]
         processes.append(
             subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         )
-    found: list[list[Any]] = []
+    found: list[Any] = []
     for process in processes:
         out, _ = process.communicate()
-        lines = [json.loads(x[5:]) for x in out.splitlines() if x.startswith("PEAK ")]
-        found.append(lines + ["the rank died"] * (len(jobs) - len(lines)))
-    return [next((x for x in row if isinstance(x, str)), None) or max(row) for row in zip(*found, strict=True)]
+        found.append(next((json.loads(x[5:]) for x in out.splitlines() if x.startswith("PEAK ")), "the rank died"))
+    return next((x for x in found if isinstance(x, str)), None) or max(found)
 
 
 LEAST = 200 * 2**20  # bytes of a peak that counts
@@ -240,10 +225,9 @@ def run(options: argparse.Namespace, peaks: dict[str, Any]) -> list[dict[str, An
         for ranks in (1, 2, 3):
             mine = {n: o for n, (r, o) in chosen.items() if r == ranks}
             for name, words in mine.items():
-                # In processes of its own: what an engine before it left behind, and frees late, would be taken off the peak.
                 if peaks and name not in peaks:
                     continue
-                peak = peaks[name] if peaks else measured(ranks, [words])[0]
+                peak = peaks[name] if peaks else measured(ranks, words)
                 best = planner.plan(config.compose(words))
                 predicted = best.allocated_gib * 2**30
                 error = predicted / peak - 1 if isinstance(peak, float) else None

@@ -55,6 +55,17 @@ def test_the_first_plan_needs_no_torch_and_under_three_seconds(tmp_path: Path) -
     assert used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime < 3  # seconds, had it a core to itself
 
 
+@pytest.mark.parametrize("tier", ["gpu_8gb", "gpu_24gb"])
+@pytest.mark.parametrize("experiment", ["pretrain_124m", "segment", "classify"])
+def test_a_card_is_filled(tier: str, experiment: str) -> None:
+    """No micro-batch a ninth larger than the planned one would fit: powers of two alone would leave up to half of it empty."""
+    words = (f"experiment={experiment}", f"hardware={tier}", "strategy=single", "train.global_batch_size=4096")
+    words = (*words, "strategy.chunked_loss=false") if experiment == "pretrain_124m" else words
+    best = planner.plan(compose(*words))
+    assert best.fits
+    assert not planner.plan(compose(*words, f"strategy.micro_batch_size={int(best.micro_batch_size / 0.9) + 1}")).fits
+
+
 def test_shipped_traces_are_what_a_trace_would_be_now() -> None:
     """To write them again: python -c "import json; from train.plan.subject import *; SHIPPED.write_text(json.dumps(ship()))"."""
     shipped, fresh = json.loads(subject.SHIPPED.read_text()), subject.ship()

@@ -215,3 +215,11 @@ def test_a_preflight_that_forgets_nothing_is_seen(base: list[str]) -> None:
     ranks.run_jobs(1, jobs, setup=FORGETS_NOTHING)
     hashes = {ranks.result(run_dir(base, f"control-{wanted}").path)["state_hash"] for wanted in ("false", "true")}
     assert len(hashes) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1800)
+def test_the_plan_holds_on_a_card() -> None:
+    """20 configurations against what is allocated and reserved, and the largest micro-batch under the caps."""
+    done = subprocess.run([sys.executable, "benchmarks/plan_on_gpu.py"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -295,7 +295,7 @@ def _zero12(x: _Shape) -> _Held:
     else:
         host = {**state, "gradients on the host": 4.0 * part}
     # A step that is one micro-step begins with no gradients: they come section by section, stage 2 keeping its part.
-    held = _Held(always, host=host, whole=lay.accumulation > 1 or lay.offload != "none")
+    held = _Held(always, host=host, whole=lay.accumulation > 1)
     held.share = part / max(1, x.trainable) if lay.strategy == "zero2" else 1.0
     buckets = 2 if lay.device == "cuda" else 1  # the second one to overlap
     held.reducing = {"gradient buckets": min(buckets * lay.bucket_bytes, 4.0 * x.trainable)}
@@ -374,7 +374,7 @@ def holds(trace: Trace, layout: Layout) -> Holding:
     )
     if offloaded:
         held.host["saved activations"] = offloaded
-    if layout.offload != "none" and layout.strategy in ("fsdp2", "zero3"):
+    if layout.offload != "none" and layout.strategy in ("fsdp2", "zero2", "zero3"):
         held.gradient = 0.0  # they go to the host as they are reduced
     gradients = held.gradient * x.trainable * held.share
     largest = max(s.numel(trainable=True) for s in trace.sections)

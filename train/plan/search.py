@@ -12,7 +12,7 @@ time (within five in a hundred) the simplest comes first.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -138,12 +138,15 @@ def search(cfg: Config, info: Mapping[str, Any] | None = None, *, take: bool = T
     machine = machines.machine_of(cfg.hardware)
     precision = machines.precision_of(cfg, machine)
     found: list[Plan] = []
+    judged: dict[int, tuple[Layout, bool]] = {}  # id of a plan -> what it was made from
     layouts = list(_layouts(cfg, machine, length(subject)[0]))
     if machine.device == "cpu":
         layouts.sort(key=_trade)
     for _, kind in groupby(layouts, key=_trade):
         if machine.device != "cpu" or not any(p.fits for p in found):
-            found += [_judge(subject, machine, precision, layout, chunked) for layout, chunked in kind]
+            for layout, chunked in kind:
+                found.append(_judge(subject, machine, precision, layout, chunked))
+                judged[id(found[-1])] = layout, chunked
     fitting = [p for p in found if p.fits]
     failing = sorted((p for p in found if not p.fits), key=_excess)
     if not fitting:
@@ -151,7 +154,31 @@ def search(cfg: Config, info: Mapping[str, Any] | None = None, *, take: bool = T
     quickest = min(_whole(p) for p in fitting)
     same = [p for p in fitting if _whole(p) <= quickest * (1 + SAME)]
     rest = [p for p in fitting if _whole(p) > quickest * (1 + SAME)]
-    return [*sorted(same, key=lambda p: (_complexity(p), _whole(p))), *sorted(rest, key=_whole), *failing]
+    same.sort(key=lambda p: (_complexity(p), _whole(p)))
+    if machine.device == "cuda" and len(same + rest) > 1 and cfg.strategy.micro_batch_size is None:
+        layout, chunked = judged[id(same[0])]
+        share = -(-cfg.train.global_batch_size // machine.ranks)
+        fuller = _fuller(lambda one: _judge(subject, machine, precision, one, chunked), layout, share)
+        if fuller is not None and _whole(fuller) <= _whole(same[0]) * (1 + SAME):
+            same.insert(0, fuller)
+    return [*same, *sorted(rest, key=_whole), *failing]
+
+
+def _fuller(judge: Callable[[Layout], Plan], layout: Layout, share: int) -> Plan | None:
+    """The layout with the largest micro-batch that fits, of the sizes that part a rank's share of the global batch with less
+    than a sample a micro-step over. None if its power of two is that already."""
+    best = None
+    sizes = sorted({-(-share // count) for count in range(1, layout.accumulation)} - {layout.micro_batch})
+    first, last = 0, len(sizes)
+    while first < last:  # memory grows with the micro-batch
+        middle = (first + last) // 2
+        size = sizes[middle]
+        found = judge(replace(layout, micro_batch=size, accumulation=-(-share // size)))
+        if found.fits:
+            first, best = middle + 1, found
+        else:
+            last = middle
+    return best
 
 
 def _whole(p: Plan) -> float:
