@@ -10,7 +10,7 @@ BIN         := $(VENV)/bin
 ARGS        ?=
 
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev smollm2 train test test-slow slurm slurm-all check docs bench finetune equivalence plan resume-matrix kill
+.PHONY: help install install-dev smollm2 train test test-slow slurm slurm-all check docs bench finetune equivalence plan plan-gpu resume-matrix kill
 
 help:
 	@sed -n 's/^#   //p;s/^#: //p' $(MAKEFILE_LIST)
@@ -96,6 +96,10 @@ equivalence: install-dev
 #: kill          500 kills and 100 requests to stop at random moments; a quarter of an hour
 kill: install-dev
 	$(BIN)/python benchmarks/kill.py $(ARGS)
+
+#: plan-gpu      the planner against a card: allocated and reserved peaks, the largest micro-batch; ten minutes
+plan-gpu: install-dev
+	$(BIN)/python benchmarks/plan_on_gpu.py $(ARGS)
 
 #: plan          the planner against the peak of this machine's allocator, and against what others published
 plan: install-dev
