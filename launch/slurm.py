@@ -307,7 +307,7 @@ def begin(arguments: Sequence[str]) -> list[str]:
     if launches and (stuck := _no_progress(launches, now)):
         _give_up(run, stuck)
         raise rundir.RunError(stuck)
-    if launches and (asked := run.stop_reason()) and not asked.startswith(NOTICE):
+    if (launches or _stopped_in_queue(run, job)) and (asked := run.stop_reason()) and not asked.startswith(NOTICE):
         raise rundir.RunError(f"not started again: {asked}", rundir.EXIT_STOPPED)
     run.create().clear_requests()
 
@@ -334,6 +334,12 @@ def begin(arguments: Sequence[str]) -> list[str]:
         f"hardware.devices_per_node={processes}",
     ]
     return [str(run.path), str(processes), str(port), str(local.ACCELERATE_CONFIG), *words]
+
+
+def _stopped_in_queue(run: RunDir, job: str) -> bool:
+    """Whether STOP was written after this job was submitted: not a left-over, but a wish."""
+    submitted = [e["time"] for e in rundir.read_jsonl(run.events) if e["kind"] == "submit" and e["job"] == job]
+    return bool(submitted) and run.stop.exists() and run.stop.stat().st_mtime > submitted[-1]
 
 
 def _open(words: Sequence[str]) -> tuple[Config, RunDir, list[str], list[str]]:

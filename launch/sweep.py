@@ -504,8 +504,9 @@ def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, C
 
     Raises ConfigError where jobs ask Slurm for different things: an array has one size.
     """
+    from launch import planning
     from train import data
-    from train.plan import plan
+    from train.plan.choose import DoesNotFit
 
     queue = []
     for job in jobs:
@@ -516,11 +517,14 @@ def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, C
         queued = slurm.state(run)
         if job.status == "finished" or (queued and not queued["over"]):
             continue
-        predicted = plan(cfg, data.prepare(cfg, task.say).info)
-        if cfg.run.fit == "error" and not predicted.fits:
-            job.status, job.reason = "infeasible", predicted.reason
-            continue
-        queue.append((job, run, cfg))
+        try:
+            planning.layout(cfg, data.prepare(cfg, task.say).info, processes=None, dry=True)
+        except DoesNotFit as error:
+            job.status, job.reason = "infeasible", error.nearest.reason
+        except (data.DataError, ConfigError) as error:  # one job's own; the others are submitted
+            job.status, job.reason = "failed", str(error)
+        else:
+            queue.append((job, run, cfg))
     sweep.write()
     if not queue:
         return 0 if all(job.status == "finished" for job in jobs) else 1

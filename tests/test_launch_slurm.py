@@ -334,6 +334,15 @@ def test_a_persons_stop_between_two_allocations_holds(job):
     assert error.value.code == 75
 
 
+def test_a_stop_while_it_waits_in_the_queue_holds(job):
+    run, arguments = job
+    run.event("submit", job="7", slurm="cluster")
+    run.ask_to_stop("no longer needed")
+    os.utime(run.stop, (time.time() + 1, time.time() + 1))
+    with pytest.raises(rundir.RunError, match="not started again: no longer needed"):
+        slurm.begin(arguments)
+
+
 def test_the_last_word_of_a_lost_node_is_not_heard(job, monkeypatch):
     """On a node that was cut off, Slurm ends the old job's processes when it is back; the run goes on elsewhere."""
     run, _ = job

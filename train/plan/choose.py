@@ -33,6 +33,10 @@ LIGHTER = 0.95  # of the memory of a layout that failed: less is a real differen
 class DoesNotFit(rundir.RunError):
     """No layout fits, and `run.fit` is `error`. The message has the plan, what binds, and what would fit."""
 
+    def __init__(self, text: str, nearest: Plan) -> None:
+        super().__init__(text, rundir.EXIT_FIT)
+        self.nearest = nearest
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -75,7 +79,7 @@ def choose(cfg: Config, info: Mapping[str, Any], *, take: bool = True) -> Choice
     best = plans[0]
     if not best.fits and cfg.run.fit == "error":
         text = render(plans, changes(cfg, info)) + "\nTo start it all the same: run.fit=warn"
-        raise DoesNotFit(text, rundir.EXIT_FIT)
+        raise DoesNotFit(text, best)
     if cfg.strategy.micro_batch_size is not None:  # a lighter one may have less of everything that was set
         plans = search(replace(cfg, strategy=replace(cfg.strategy, micro_batch_size=None)), info, take=take)
     lighter, bound = [], best.peak_memory_gib
