@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import pytest
@@ -320,7 +320,8 @@ def test_it_takes_what_it_is_granted(free, settings, unbroken_long, tmp_path):
     wait_for(lambda: len(free.run("sinfo", "-h", "-N", "-p", "main", "-t", "idle").splitlines()) == 2, 30)
     job.notice()
     result = job.ends()
-    assert [event["nodes"] for event in job.kinds("launch")] == [4, 2, 4]
+    # A node that is just back may refuse its task once; the launch is repeated in the same allocation.
+    assert [nodes for nodes, _ in groupby(event["nodes"] for event in job.kinds("launch"))] == [4, 2, 4]
     assert [event["world_size"] for event in job.kinds("start") + job.kinds("resume")] == [4, 2, 4]
     reference = unbroken_long / "resized"
     assert result["math_hash"] == ranks.result(reference)["math_hash"]
