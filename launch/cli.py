@@ -109,6 +109,10 @@ def run(
 
     if on_oom not in ("stop", "replan"):
         raise config.ConfigError([f"--on-oom {on_oom}: must be stop or replan."])
+    if multirun and on_oom != "stop":
+        raise config.ConfigError(
+            [f"--on-oom {on_oom}: is for a single run; in a sweep set a layout that fits (strategy=...)."]
+        )
     _importable_from_here(plugin)
     if multirun:
         from launch import sweep

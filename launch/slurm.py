@@ -304,7 +304,11 @@ def begin(arguments: Sequence[str]) -> list[str]:
         rundir.bury(run, owner)
     rundir.wait_until_free(run, say=_say)
 
-    if launches and (stuck := _no_progress(launches, now)):
+    stuck = _no_progress(launches, now) if launches else None
+    # Counted here too: a save that outlasts the notice is requeued by the script's alarm, past `settle`.
+    if stuck is None and sum(launch.cause == "time limit" for launch in launches) > cfg.slurm.max_requeues:
+        stuck = f"slurm.max_requeues={cfg.slurm.max_requeues} time-outs are used up."
+    if stuck:
         _give_up(run, stuck)
         raise rundir.RunError(stuck)
     if (launches or _stopped_in_queue(run, job)) and (asked := run.stop_reason()) and not asked.startswith(NOTICE):

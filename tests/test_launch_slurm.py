@@ -295,6 +295,20 @@ def test_time_outs_are_counted(job):
     assert run.result()["status"] == "stopped"
 
 
+def test_saves_that_outlast_every_notice_are_counted(job, monkeypatch):
+    """The script's alarm requeues it, and `settle` is never reached."""
+    run, arguments = job
+    for restart in (0, 1, 2):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        assert slurm.begin(arguments)
+        for name in ("USR1", "ALRM", "TERM"):
+            slurm.stop(run, name)
+        commit(run, 10 + restart)  # each brings something
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    with pytest.raises(rundir.RunError, match=r"max_requeues=2 time-outs are used up"):
+        slurm.begin(arguments)
+
+
 def test_nodes_that_die_twice_without_a_word_end_it(job, monkeypatch):
     run, arguments = job
     for restart in ("0", "1"):
