@@ -94,6 +94,7 @@ def start(run: RunDir, what: str, restarts: int = 0) -> subprocess.Popen:
         text=True,
         cwd=REPOSITORY,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
     )
 
 

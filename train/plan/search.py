@@ -155,7 +155,8 @@ def search(cfg: Config, info: Mapping[str, Any] | None = None, *, take: bool = T
     same = [p for p in fitting if _whole(p) <= quickest * (1 + SAME)]
     rest = [p for p in fitting if _whole(p) > quickest * (1 + SAME)]
     same.sort(key=lambda p: (_complexity(p), _whole(p)))
-    if machine.device == "cuda" and len(same + rest) > 1 and cfg.strategy.micro_batch_size is None:
+    free = cfg.strategy.micro_batch_size is None and cfg.numerics == "fast"
+    if machine.device == "cuda" and free and len(fitting) > 1:
         layout, chunked = judged[id(same[0])]
         share = -(-cfg.train.global_batch_size // machine.ranks)
         fuller = _fuller(lambda one: _judge(subject, machine, precision, one, chunked), layout, share)
