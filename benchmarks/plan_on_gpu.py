@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.plan_vs_measured import pretrained_model, two_steps  # noqa: E402
+from benchmarks.plan_vs_measured import pretrained_model, spelled, two_steps  # noqa: E402
 
 LLAMA = ["experiment=lm_stdlib", "model.hidden_size=1024", "model.intermediate_size=2816", "model.num_layers=12",
          "model.num_heads=16", "model.vocab_size=32000", "data.seq_len=1024", "model.tie_embeddings=false"]  # fmt: skip
@@ -64,19 +64,14 @@ CAPPED: dict[str, list[str]] = {
     "lora": [*TUNE, "strategy=single", "G=4096"],
 }
 TIERS = ("gpu_8gb", "gpu_24gb")
-LONG = {"B": "strategy.micro_batch_size", "G": "train.global_batch_size"}
 MEDIAN, SHARE = 0.05, 0.9
 
 
 def overrides(texts: list[str], pretrained: Path, *more: str) -> list[str]:
-    """As typed on a command line; a configuration that names no global batch makes a step of one micro-batch."""
-    pairs = [text.replace("{pretrained}", str(pretrained)).partition("=") for text in texts]
-    words = [f"{LONG.get(key, key)}={value}" for key, _, value in pairs]
-    micro = next((value for key, _, value in pairs if key == "B"), None)
-    whole = [] if micro is None or any(key == "G" for key, *_ in pairs) else [f"train.global_batch_size={micro}"]
-    chunked = [] if any("chunked_loss" in word for word in words) else ["strategy.chunked_loss=false"]
-    language = not any(word in ("experiment=classify_digits", "experiment=segment_digits") for word in words)
-    return [*words, *whole, *(chunked if language else []), "train.precision=bf16", "optim.warmup_steps=0", *more]
+    """What is run here; a configuration that names no global batch makes a step of one micro-batch."""
+    micro = [text for text in texts if text.startswith("B=")]
+    whole = [] if any(text.startswith("G=") for text in texts) else [text.replace("B=", "G=", 1) for text in micro]
+    return [*spelled([*texts, *whole], pretrained), "train.precision=bf16", "optim.warmup_steps=0", *more]
 
 
 def worker(words: list[str]) -> None:
@@ -114,7 +109,6 @@ def compare(name: str, words: list[str]) -> dict[str, Any]:
         "name": name,
         "fits": best.fits,
         "predicted": best.allocated_gib * 2**30,
-        "predicted_reserved": reserved,
         **found,
     }
     if "error" not in found:

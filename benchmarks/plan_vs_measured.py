@@ -94,13 +94,18 @@ CONFIGS: dict[str, tuple[int, list[str]]] = {
 LONG = {"B": "strategy.micro_batch_size", "G": "train.global_batch_size"}
 
 
-def overrides(ranks: int, texts: list[str], pretrained: Path) -> list[str]:
-    """As typed on a command line."""
+def spelled(texts: list[str], pretrained: Path) -> list[str]:
+    """A configuration as typed on a command line; the loss is plain where it does not say otherwise."""
     words = [text.replace("{pretrained}", str(pretrained)) for text in texts]
     words = [f"{LONG[w.partition('=')[0]]}={w.partition('=')[2]}" if w.partition("=")[0] in LONG else w for w in words]
     chunked = [] if any("chunked_loss" in w for w in words) else ["strategy.chunked_loss=false"]
-    return [*words, *chunked, "hardware=cpu", f"hardware.devices_per_node={ranks}", "train.precision=fp32", "optim.warmup_steps=0",
-            "strategy.persistence_threshold=0", "strategy.bucket_mb=25"]  # fmt: skip
+    return [*words, *chunked]
+
+
+def overrides(ranks: int, texts: list[str], pretrained: Path) -> list[str]:
+    """What is run here."""
+    return [*spelled(texts, pretrained), "hardware=cpu", f"hardware.devices_per_node={ranks}", "train.precision=fp32",
+            "optim.warmup_steps=0", "strategy.persistence_threshold=0", "strategy.bucket_mb=25"]  # fmt: skip
 
 
 def pretrained_model(directory: Path) -> Path:

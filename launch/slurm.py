@@ -204,10 +204,9 @@ def state(run: RunDir) -> dict[str, Any] | None:
         return None
     job = str(jobs[-1]["job"])
     try:
-        facts = parse(call(jobs[-1]["slurm"], "scontrol", "show", "job", "-o", job))
+        facts = _facts(jobs[-1]["slurm"], job)
     except SlurmError as error:
-        gone = any(words in str(error) for words in ("Invalid job id", "no cluster runs", "no Slurm here"))
-        if not gone:
+        if not any(words in str(error) for words in ("no cluster runs", "no Slurm here")):
             return {"job": job, "state": "unknown", "over": False, "reason": str(error), "nodes": None}
         facts = {}
     word = facts.get("JobState", "forgotten")
@@ -223,6 +222,16 @@ def standing(run: RunDir, row: dict[str, Any]) -> dict[str, Any]:
         return {**row, "state": "died", "slurm": now} if row["state"] == "running" else row
     owner = f"Slurm job {now['job']}" + (f", {now['reason']}" if now["state"] == "PENDING" else "")
     return {**row, "state": "running" if now["state"] == "RUNNING" else "queued", "owner": owner, "slurm": now}
+
+
+def _facts(name: str, job: str) -> dict[str, str]:
+    """What Slurm says of a job; empty if it has forgotten it. Raises SlurmError where it cannot be asked."""
+    try:
+        return parse(call(name, "scontrol", "show", "job", "-o", job))
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}
+        raise
 
 
 def parse(record: str) -> dict[str, str]:
@@ -264,6 +273,8 @@ class Launch:
 
     step: int
     """Newest checkpoint when it began."""
+    after: int
+    """The last attempt before it."""
     cause: str = "unknown"
     """Why it ended: a key of `judge`, `ended by Slurm` where only a signal was heard, `unknown` where nothing was."""
     end_step: int = 0
@@ -306,8 +317,8 @@ def begin(arguments: Sequence[str]) -> list[str]:
 
     stuck = _no_progress(launches, now) if launches else None
     # Counted here too: a save that outlasts the notice is requeued by the script's alarm, past `settle`.
-    if stuck is None and sum(launch.cause == "time limit" for launch in launches) > cfg.slurm.max_requeues:
-        stuck = f"slurm.max_requeues={cfg.slurm.max_requeues} time-outs are used up."
+    if stuck is None and (enough := _used_up(launches, cfg.slurm.max_requeues)):
+        stuck = f"{enough}."
     if stuck:
         _give_up(run, stuck)
         raise rundir.RunError(stuck)
@@ -319,8 +330,6 @@ def begin(arguments: Sequence[str]) -> list[str]:
     processes = cfg.hardware.devices_per_node
     if processes is None:
         processes = int(os.environ.get("SLURM_GPUS_ON_NODE", "1")) if cfg.hardware.device != "cpu" else 1
-    run.event("launch", job=job, restart=restart, nodes=nodes, processes=processes, step=now, after=run.last_attempt(),
-              slurm=cfg.slurm.name, max_requeues=cfg.slurm.max_requeues)  # fmt: skip
     if nodes * processes > cfg.train.global_batch_size:
         raise config.ConfigError(
             [
@@ -328,8 +337,10 @@ def begin(arguments: Sequence[str]) -> list[str]:
                 "at least one sample. Ask for fewer nodes (hardware.nodes), or raise train.global_batch_size."
             ]
         )
-    earlier = [e for e in rundir.read_jsonl(run.events) if e["kind"] == "launch" and e.get("job") == job]
-    begun = run.last_attempt() > earlier[0]["after"]  # before that, what was asked of the first attempt still holds
+    attempt = run.last_attempt()
+    begun = bool(launches) and attempt > launches[0].after  # until then, what was asked of the first attempt holds
+    run.event("launch", job=job, restart=restart, nodes=nodes, processes=processes, step=now, after=attempt,
+              slurm=cfg.slurm.name, max_requeues=cfg.slurm.max_requeues)  # fmt: skip
     port = _free_port(int(re.sub(r"\D", "", job)) * 131 + restart * 17 + len(launches))
     words += [
         *([] if begun else first),
@@ -412,12 +423,10 @@ def settle(run: RunDir, *, code: int, heard: set[str], facts: dict[str, str], lo
     launches, now = _history(run, job), newest(run)
     launches[-1].cause = verdict.cause
     if verdict.action != "end":
-        timeouts = sum(launch.cause == "time limit" for launch in launches)
         stuck = _no_progress(launches, now)
         if stuck:
             verdict = replace(verdict, action="end", reason=f"{stuck} The last one: {verdict.reason}.", code=1)
-        elif verdict.cause == "time limit" and timeouts > ours["max_requeues"]:
-            enough = f"slurm.max_requeues={ours['max_requeues']} time-outs are used up"
+        elif verdict.cause == "time limit" and (enough := _used_up(launches, ours["max_requeues"])):
             verdict = replace(verdict, action="end", reason=f"{enough}; {verdict.reason}")
     run.event(
         "settle", job=job, restart=restart, cause=verdict.cause, action=verdict.action, reason=verdict.reason, step=now
@@ -493,7 +502,7 @@ def _history(run: RunDir, job: str) -> list[Launch]:
         if event["kind"] == "launch":
             if launches:
                 launches[-1].end_step = event["step"]
-            launches.append(Launch(event["step"]))
+            launches.append(Launch(event["step"], event["after"]))
         elif launches and event["kind"] == "settle" and launches[-1].cause != "time limit":
             launches[-1].cause = event["cause"]
         elif launches and event["kind"] == "signal" and launches[-1].cause == "unknown" and event["signal"] != "USR1":
@@ -509,6 +518,12 @@ def _no_progress(launches: list[Launch], now: int) -> str | None:
         return None
     have = f"the newest is step {now}" if now else "there is none yet"
     return f"no-progress: {FRUITLESS} attempts in a row ended without a new checkpoint ({have})."
+
+
+def _used_up(launches: list[Launch], allowed: int) -> str | None:
+    """What to tell a person if the planned number of time-outs is exceeded."""
+    timeouts = sum(launch.cause == "time limit" for launch in launches)
+    return f"slurm.max_requeues={allowed} time-outs are used up" if timeouts > allowed else None
 
 
 def _give_up(run: RunDir, reason: str) -> None:
@@ -531,10 +546,9 @@ def _job() -> tuple[str, int]:
 def _is_over(job: str) -> bool:
     """Whether Slurm knows that a job has ended. False where it cannot be asked."""
     try:
-        word = parse(call("cluster", "scontrol", "show", "job", "-o", job)).get("JobState", "")
-    except SlurmError as error:
-        return "Invalid job id" in str(error)
-    return word not in ALIVE
+        return _facts("cluster", job).get("JobState") not in ALIVE
+    except SlurmError:
+        return False
 
 
 def _free_port(seed: int) -> int:

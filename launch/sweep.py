@@ -539,9 +539,7 @@ def _submit(task: _Task, sweep: Sweep, jobs: Sequence[Job], configs: dict[int, C
         job.status, job.reason = "waiting", None
     sweep.write()
     script = sweep.path / "array.sbatch"
-    plugin = _composing(sweep.options).get(
-        "plugin"
-    )  # its code is frozen with each job; it has to be imported there too
+    plugin = _composing(sweep.options).get("plugin")  # frozen with each job, and to be imported there too
     script.write_text(slurm.render_array(first, sweep.path, array, ["--plugin", plugin] if plugin else []))
     ident = slurm.sbatch(first.slurm.name, script)
     for job, run, _ in queue:
@@ -585,9 +583,9 @@ def table(sweep: Sweep) -> str:
         value = f"{job.metric} {job.objective:.5g}" if job.objective is not None else ""
         words = " ".join(_differing(sweep, job))
         note = "  best" if job is top else f"  {job.reason}" if job.reason and job.status != "finished" else ""
-        status = job.status
-        if status in ("running", "waiting") and sweep.run(job).events.exists():  # how far, or what Slurm says of it
-            row = slurm.standing(sweep.run(job), describe.standing(sweep.run(job)))
+        status, run = job.status, sweep.run(job)
+        if status in ("running", "waiting") and run.events.exists():  # how far, or what Slurm says of it
+            row = slurm.standing(run, describe.standing(run))
             status = row["state"] if row["state"] != "new" else status
             note = "  " + "  ".join(text for text in describe.standing_text(row)[2:] if text)
         lines.append(f"  {job.name}  {status:<10}  {words:<40}  {value}{note}".rstrip())

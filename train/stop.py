@@ -43,16 +43,13 @@ class Stop:
         self.stop_at = cfg.run.stop_at
         self.deadline = None if cfg.run.max_time is None else started + seconds(cfg.run.max_time)
         self.signalled: str | None = EARLY.get("reason")
-        self.interrupted_at = EARLY.get("at", 0.0)
+        self.interrupted_at = EARLY.get("at")
         for number in SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
         if number == signal.SIGINT:
-            if self.interrupted_at and now - self.interrupted_at >= SECOND_PRESS_S:
-                os._exit(130)
-            self.interrupted_at = self.interrupted_at or now
+            self.interrupted_at = _interrupted(self.interrupted_at)
         if self.signalled is None:
             self.signalled = signal.Signals(number).name
 
@@ -77,6 +74,14 @@ class Stop:
         self.save_file.unlink(missing_ok=True)
 
 
+def _interrupted(first: float | None) -> float:
+    """When Ctrl-C was pressed first, on the monotonic clock; the second press leaves at once."""
+    now = time.monotonic()
+    if first is not None and now - first >= SECOND_PRESS_S:
+        os._exit(130)
+    return now if first is None else first
+
+
 EARLY: dict = {}
 
 
@@ -88,9 +93,8 @@ def catch_early() -> None:
 
     def note(number: int, frame: FrameType | None) -> None:
         EARLY.setdefault("reason", signal.Signals(number).name)
-        now = time.monotonic()
-        if number == signal.SIGINT and now - EARLY.setdefault("at", now) >= SECOND_PRESS_S:
-            os._exit(130)  # the second Ctrl-C, as in a run
+        if number == signal.SIGINT:
+            EARLY["at"] = _interrupted(EARLY.get("at"))
 
     for number in SIGNALS:
         signal.signal(number, note)

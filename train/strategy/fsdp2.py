@@ -81,15 +81,11 @@ class FSDP2(Strategy):
         shards = [m for m in self.module.modules() if isinstance(m, FSDPModule)]
         groups = [m._get_fsdp_state()._fsdp_param_group for m in shards]
         reduced = dtypes(g.mp_policy.reduce_dtype for g in groups if g is not None)
-        ranks, parameters = self.procs.world_size, list(self.module.parameters())
-        whole = sum(p.numel() * p.element_size() for p in parameters)
-        most = sum(-(-p.shape[0] // ranks) * (p.numel() // p.shape[0]) * p.element_size() for p in parameters)
-        return {
-            **super().in_force(),
-            "local_bytes_at_most": most,
-            "unsharded_bytes": whole,
-            "reduce_dtype": reduced,
-        }
+        found, ranks = super().in_force(), self.procs.world_size
+        rows = ((p, -(-p.shape[0] // ranks)) for p in self.module.parameters())  # of which no rank has more
+        most = sum(n * (p.numel() // p.shape[0]) * p.element_size() for p, n in rows)
+        return {**found, "unsharded_bytes": found["local_bytes_at_most"], "local_bytes_at_most": most,
+                "reduce_dtype": reduced}  # fmt: skip
 
     def name_in_force(self) -> str:
         sharded = isinstance(self.module, FSDPModule) and all(isinstance(p, DTensor) for p in self.module.parameters())

@@ -355,8 +355,7 @@ class Zero(Strategy):
 
     def in_force(self) -> dict[str, Any]:
         stage = self.engine.zero_optimization_stage()
-        offload = self.engine.zero_offload_optimizer()
-        device = str(getattr(offload.device, "value", offload.device)) if offload is not None else "none"
+        device = _device(self.engine.zero_offload_optimizer())
         # Stage 1 in bf16 is another class, which knows the first and leaves the second to the engine.
         accumulated = getattr(self.zero, "gradient_accumulation_dtype", None) or self.zero.grad_acc_dtype
         reduced = getattr(self.zero, "communication_data_type", self.engine.communication_data_type)
@@ -365,13 +364,12 @@ class Zero(Strategy):
         held = [getattr(p, "ds_tensor", p) if stage == 3 else p for p in parameters]
         whole = [getattr(p, "ds_numel", p.numel()) for p in parameters]
         share = [-(-n // self.procs.world_size) if self.stage == 3 else n for n in whole]
-        moved = self.engine.zero_offload_param()
         return {
             **super().in_force(),
             "world_size": self.engine.dp_world_size,
             "zero_stage": stage,
             "offload": device,
-            "offload_parameters": moved is not None and str(getattr(moved.device, "value", moved.device)) == device,
+            "offload_parameters": _device(self.engine.zero_offload_param()) == device != "none",
             "gradient_accumulation_steps": self.engine.gradient_accumulation_steps(),
             "micro_batch_size": self.engine.train_micro_batch_size_per_gpu(),
             "clip": self.engine.gradient_clipping() or None,
@@ -396,3 +394,8 @@ class Zero(Strategy):
         if self.cfg.strategy.offload == "nvme" and self.procs.local_rank == 0:
             shutil.rmtree(self._nvme(), ignore_errors=True)
         unset_hf_deepspeed_config()  # transformers would partition the next model of this process while it builds it
+
+
+def _device(offload: Any) -> str:
+    """Where DeepSpeed's offload config moves things to: none, cpu, nvme."""
+    return "none" if offload is None else str(getattr(offload.device, "value", offload.device))
